@@ -1,0 +1,227 @@
+"""Data files as sequences of dicts that know their line numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ntjax.errors import BadData, ConfigError, InputMissing
+
+Row = dict[str, Any]
+
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+
+
+class Source(Protocol):
+    """What is read here of a `[datasets.NAME]` table."""
+
+    dataset_name: str | None
+    dataset_path: str | None
+    dataset_split: str | None
+    text_field: str | None
+    num_samples: int | None
+    streaming: bool
+    dataset_kwargs: Mapping[str, Any] | None
+    txt_delimiter: str | None
+    txt_field_names: Sequence[str] | None
+
+
+class Rows(Sequence[Row]):
+    """Rows by number, with the place of each for messages."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """ "train.jsonl:1817", or "train.parquet row 1817" (from 1) where lines mean nothing."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Names in the first row."""
+        return list(self[0])
+
+
+@dataclass(frozen=True)
+class JsonLines(Rows):
+    """One JSON object a line, parsed when it is asked for; blank lines are passed over.
+
+    `spans` are (line number, first byte, byte count). Asking for a malformed line raises BadData.
+    """
+
+    path: Path
+    name: str
+    spans: Sequence[tuple[int, int, int]]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: Any) -> Any:
+        _, first, count = self.spans[index]
+        with self.path.open("rb") as file:
+            file.seek(first)
+            return _json_object(file.read(count), self.where(index))
+
+    def where(self, index: int) -> str:
+        return f"{self.name}:{self.spans[index][0]}"
+
+
+@dataclass(frozen=True)
+class Table(Rows):
+    """Rows already read; `lines` are their line numbers where the file has lines."""
+
+    name: str
+    rows: Sequence[Row]
+    lines: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.rows[index]
+        if not isinstance(row, dict):
+            raise BadData(f"a row must be an object, not {_kind(row)}", where=self.where(index))
+        return row
+
+    def where(self, index: int) -> str:
+        return f"{self.name} row {index + 1}" if self.lines is None else f"{self.name}:{self.lines[index]}"
+
+
+def open_file(path: Path, root: Path, dataset: Source) -> Rows:
+    """The rows of one file, named in messages by its path below `root`."""
+    name, kind = path.relative_to(root).as_posix(), path.suffix.lower()
+    if kind not in KINDS:
+        raise InputMissing(
+            f"{name}: {kind or 'no extension'} isn't a kind of data file; allowed: {', '.join(KINDS)}"
+        )
+    if kind == ".jsonl":
+        rows: Rows = _json_lines(path, name)
+    elif kind == ".json":
+        rows = _json(path, name)
+    elif kind == ".parquet":
+        rows = _parquet(path, name)
+    elif kind == ".txt":
+        rows = _text(path, name, dataset)
+    else:
+        rows = _separated(path, name, "\t" if kind == ".tsv" else ",")
+    if not len(rows):
+        raise BadData("the file has no rows", where=name)
+    return rows
+
+
+def _json_lines(path: Path, name: str) -> JsonLines:
+    spans, first = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            mark = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
+            if line[mark:].strip():
+                spans.append((number, first + mark, len(line) - mark))
+            first += len(line)
+    return JsonLines(path, name, spans)
+
+
+def _json_object(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise BadData(
+            f"not UTF-8: {error.reason} at byte {error.start + 1} of the line", where=where
+        ) from error
+    except json.JSONDecodeError as error:
+        shown = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
+        raise BadData(
+            f"not JSON: {error.msg} at column {error.colno}, near {shown!r}", where=where
+        ) from error
+    if not isinstance(row, dict):
+        raise BadData(f"a row must be an object, not {_kind(row)}", where=where)
+    return row
+
+
+def _json(path: Path, name: str) -> Rows:
+    """An array of objects; or, as such files often are, one object a line."""
+    text = _decoded(path, name)
+    if not text.lstrip().startswith("["):
+        return _json_lines(path, name)
+    try:
+        return Table(name, json.loads(text))
+    except json.JSONDecodeError as error:
+        raise BadData(
+            f"not JSON: {error.msg} at column {error.colno}", where=f"{name}:{error.lineno}"
+        ) from error
+
+
+def _separated(path: Path, name: str, delimiter: str) -> Table:
+    """Comma or tab separated values under a line of column names; every value is text."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses documents over 128 KiB
+    reader = csv.reader(_decoded(path, name).splitlines(keepends=True), delimiter=delimiter, strict=True)
+    records, last = [], 0
+    try:
+        for record in reader:
+            if record:
+                records.append((last + 1, record))
+            last = reader.line_num
+    except csv.Error as error:
+        raise BadData(str(error), where=f"{name}:{reader.line_num}") from error
+    return _named(name, records, None)
+
+
+def _text(path: Path, name: str, dataset: Source) -> Table:
+    """Lines of text; with `txt_delimiter`, fields of lines; with a delimiter that has a newline, documents.
+
+    Fields are named by `txt_field_names`, or by the first line. Nothing is quoted or escaped.
+    """
+    text, delimiter = _decoded(path, name), dataset.txt_delimiter
+    field = dataset.text_field or "text"
+    if delimiter and "\n" in delimiter:
+        documents = [part.strip("\n") for part in text.replace("\r\n", "\n").split(delimiter)]
+        return Table(name, [{field: document} for document in documents if document.strip()])
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not delimiter:
+        if dataset.txt_field_names:
+            raise ConfigError("txt_field_names needs txt_delimiter", fix='txt_delimiter = "\\t"')
+        return Table(name, [{field: line} for _, line in lines], [number for number, _ in lines])
+    return _named(name, [(number, line.split(delimiter)) for number, line in lines], dataset.txt_field_names)
+
+
+def _named(name: str, records: list[tuple[int, list[str]]], names: Sequence[str] | None) -> Table:
+    """Records as dicts; without `names` the first record is the names."""
+    if names is None:
+        if not records:
+            return Table(name, [])
+        names, records = records[0][1], records[1:]
+    if len(set(names)) != len(names):
+        raise BadData(f"a column is named twice: {', '.join(names)}", where=f"{name}:1")
+    for number, record in records:
+        if len(record) != len(names):
+            raise BadData(
+                f"{len(record)} fields, but there are {len(names)} columns: {', '.join(names)}",
+                where=f"{name}:{number}",
+            )
+    rows = [dict(zip(names, record, strict=True)) for _, record in records]
+    return Table(name, rows, [number for number, _ in records])
+
+
+def _parquet(path: Path, name: str) -> Table:
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        return Table(name, Dataset(pyarrow.parquet.read_table(path)))
+    except pyarrow.ArrowInvalid as error:
+        raise BadData(f"not parquet: {error}", where=name) from error
+
+
+def _decoded(path: Path, name: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise BadData(f"not UTF-8: {error.reason}", where=f"{name}:{line}", fix="save it as UTF-8") from error
+
+
+def _kind(value: object) -> str:
+    names = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+    return names.get(type(value), "null")

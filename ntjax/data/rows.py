@@ -1,0 +1,192 @@
+"""Files, folders and hub data sets as a sequence of dicts that know where they came from."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ntjax.data.files import KINDS, Row, Rows, Source, Table, open_file
+from ntjax.errors import BadData, ConfigError, InputMissing, Refused
+
+__all__ = ["Row", "Rows", "Source", "open_rows"]
+
+# The words by which `datasets` tells the splits of a folder.
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+
+
+@dataclass(frozen=True)
+class Chosen(Rows):
+    """Stretches of other rows, one after another: (rows, first, end)."""
+
+    parts: Sequence[tuple[Rows, int, int]]
+
+    def __len__(self) -> int:
+        return sum(end - first for _, first, end in self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows, at = self._find(index)
+        return rows[at]
+
+    def where(self, index: int) -> str:
+        rows, at = self._find(index)
+        return rows.where(at)
+
+    def _find(self, index: int) -> tuple[Rows, int]:
+        index += len(self) if index < 0 else 0
+        for rows, first, end in self.parts:
+            if 0 <= index < end - first:
+                return rows, first + index
+            index -= end - first
+        raise IndexError(index)
+
+
+def open_rows(dataset: Source, folders: Sequence[Path], split: str | None = None) -> Rows:
+    """The rows of a `[datasets.NAME]` table, in file order, the first `num_samples` of them.
+
+    A relative `dataset_path` is looked for in each of `folders` in turn. `split` overrides `dataset_split`, and
+    may be a slice as `datasets` writes them ("train[:10%]"). Without either, a source of one split gives that one
+    and a source of several gives its "train". Raises InputMissing, BadData, ConfigError.
+    """
+    split = split or dataset.dataset_split
+    if (dataset.dataset_path is None) == (dataset.dataset_name is None):
+        raise ConfigError(
+            "a data set needs either dataset_path or dataset_name",
+            fix='dataset_path = "train.jsonl" for files, dataset_name = "owner/name" for the hub',
+        )
+    rows = _hub_rows(dataset, split) if dataset.dataset_path is None else _local_rows(dataset, folders, split)
+    if not len(rows):
+        raise BadData(f"no rows in {dataset.dataset_path or dataset.dataset_name}")
+    return rows
+
+
+def _local_rows(dataset: Source, folders: Sequence[Path], split: str | None) -> Rows:
+    path = _existing(Path(str(dataset.dataset_path)).expanduser(), folders)
+    if dataset.dataset_kwargs:
+        raise ConfigError(
+            f"dataset_kwargs go to datasets.load_dataset, but {path.name} is read as a file",
+            fix="remove dataset_kwargs, or give dataset_name",
+        )
+    splits: dict[str, list[Path]] = {}
+    if path.is_dir():
+        for file in _data_files(path):
+            splits.setdefault(_split_of(file.relative_to(path)), []).append(file)
+        root = path
+    else:
+        splits["train"] = [path]
+        root = path.parent
+    if split is None:
+        split = next(iter(splits)) if len(splits) == 1 else "train"
+    wanted = {word for word in re.findall(r"\w+", re.sub(r"\[.*?\]", "", split))}
+    if unknown := sorted(wanted - set(splits)):
+        raise InputMissing(
+            f"{path.name} has no split {unknown[0]!r}; there is {', '.join(splits)}",
+            fix=f"dataset_split = {next(iter(splits))!r}",
+        )
+    opened = {
+        name: Chosen([(part, 0, len(part)) for part in (open_file(f, root, dataset) for f in splits[name])])
+        for name in sorted(wanted)
+    }
+    return _cut(opened, split, dataset.num_samples)
+
+
+def _cut(splits: Mapping[str, Rows], split: str, count: int | None) -> Rows:
+    """The stretches that a split such as "train[:10%]+test" means, and the first `count` rows of those."""
+    from datasets import ReadInstruction
+
+    try:
+        pieces = ReadInstruction.from_spec(split).to_absolute(
+            {name: len(rows) for name, rows in splits.items()}
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"dataset_split = {split!r}: {error}", fix='write "train" or "train[:10%]"'
+        ) from error
+    parts, left = [], sys.maxsize if count is None else count
+    for piece in pieces:
+        rows = splits[piece.splitname]
+        first, end = piece.from_ or 0, len(rows) if piece.to is None else piece.to
+        end = max(first, min(end, first + left))
+        left -= end - first
+        parts.append((rows, first, end))
+    return Chosen(parts)
+
+
+def _existing(path: Path, folders: Sequence[Path]) -> Path:
+    places = [path] if path.is_absolute() else [folder / path for folder in folders]
+    for place in places:
+        if place.exists():
+            return place
+    folder = places[0].parent
+    while not folder.is_dir():
+        folder = folder.parent
+    there = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    close = difflib.get_close_matches(path.name, there, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    shown = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "") if there else "nothing"
+    raise InputMissing(
+        f"dataset_path {str(path)!r} isn't there{hint} {folder} has: {shown}", fix="correct dataset_path"
+    )
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Every data file below a folder, sorted by path, hidden ones left out."""
+    found = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in KINDS
+        and file.is_file()
+        and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+        and file.name not in ("dataset_info.json", "dataset_infos.json", "state.json")
+    ]
+    if not found:
+        raise InputMissing(f"no data file in {folder}; a data file ends in {', '.join(KINDS)}")
+    return found
+
+
+def _split_of(path: Path) -> str:
+    """The split a file's name or its folder's says it is of; "train" if they say nothing."""
+    for part in (path.stem, *(parent.name for parent in path.parents)):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return "train"
+
+
+def _hub_rows(dataset: Source, split: str | None) -> Rows:
+    """Rows of a hub data set; with `streaming` only what is asked for is downloaded, and nothing is cached."""
+    import datasets
+
+    kwargs = dict(dataset.dataset_kwargs or {})
+    if "trust_remote_code" in kwargs:
+        raise Refused("dataset_kwargs.trust_remote_code: code from the hub is never run", fix="remove it")
+    name, split = str(dataset.dataset_name), split or "train"
+    try:
+        found = datasets.load_dataset(name, split=split, streaming=dataset.streaming, **kwargs)
+        if dataset.streaming:
+            found = list(found if dataset.num_samples is None else found.take(dataset.num_samples))
+    except ValueError as error:  # an unknown split or configuration: the message lists what there is
+        raise InputMissing(f"{name}: {error}", fix="correct dataset_split, or dataset_kwargs.name") from error
+    except OSError as error:
+        raise InputMissing(
+            f"{name} can't be read from the hub: {error}",
+            fix="check the name; set HF_TOKEN for a private one, HF_ENDPOINT for a mirror, HTTPS_PROXY behind a "
+            "proxy; or download it elsewhere and give dataset_path",
+        ) from error
+    count = len(found) if dataset.num_samples is None else min(len(found), dataset.num_samples)
+    return Chosen([(Table(name, found), 0, count)])

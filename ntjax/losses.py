@@ -1,0 +1,24 @@
+"""Losses: functions of per-token log-probabilities and masks to metrics. Arrays in, sums and counts out.
+
+Axes: B rows, T time. Every loss returns `Metrics` with "loss", whose total is differentiated and whose weight it is
+divided by once all microbatches are summed, so accumulation is exact under any mask.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ntjax.metrics import Mean, Metrics
+from ntjax.ops.logprobs import TokenLogprobs
+
+
+def nll(scores: TokenLogprobs, mask: jax.Array) -> Metrics:
+    """Mean negative log-likelihood (nats) over the tokens where `mask` [B, T] is true; TRL's SFT metrics beside it."""
+    learned = mask.astype(jnp.float32)
+    count = learned.sum()
+    return {
+        "loss": Mean(-(scores.logp * learned).sum(), count),
+        "entropy": Mean((scores.entropy * learned).sum(), count),
+        "mean_token_accuracy": Mean((scores.correct * learned).sum(), count),
+    }

@@ -1,0 +1,1 @@
+"""Numerics that models are made of: functions of arrays."""
