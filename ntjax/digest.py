@@ -2,9 +2,9 @@
 
     s_k = sum over elements i of bits(x_i) * w_k(i)    modulo 2^32,    w_k(i) odd
 
-Integer addition has no order, so any number of devices and hosts gives the same two words. An odd weight times a
-change of one word is never 0 modulo 2^32: damage to one element is always seen, damage to several is missed once in
-about 2^64. Orbax sees none of it (of 88 flipped bits it reported none).
+Integer addition has no order, so any number of devices and hosts gives the same two words. An odd weight
+times a change of one word is never 0 modulo 2^32: damage to one element is always seen, damage to several is
+missed once in about 2^64. Orbax sees none of it (of 88 flipped bits it reported none).
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ def function(name: str, folder: Path, where: str | None = None) -> Callable[...,
     target, colon, attribute = name.rpartition(":")
     if not colon or not target:
         raise ConfigError(
-            f"{name!r} is not a function's name", where=where, fix="write module:function or path/to/file.py:function"
+            f"{name!r} is not a function's name",
+            where=where,
+            fix="write module:function or path/to/file.py:function",
         )
     if not attribute.isidentifier() or attribute.startswith("_"):
         raise ConfigError(f"{attribute!r} can't be used: name a public function", where=where)
@@ -54,7 +56,8 @@ def load_file(path: Path) -> ModuleType:
     """The module in `path`, run now, under a name that no other module has."""
     path = path.resolve()
     spec = importlib.util.spec_from_file_location(f"_ntjax_user_{path.stem}", path)
-    assert spec and spec.loader, path
+    assert spec, path
+    assert spec.loader, path
     module = importlib.util.module_from_spec(spec)
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # last: its neighbours can be imported, but shadow nothing
@@ -72,7 +75,7 @@ def blaming(path: Path, action: str) -> Iterator[None]:
     except SyntaxError as error:
         place = f"{error.filename}:{error.lineno}"
         raise ConfigError(f"not Python: {error.msg}", where=place) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename) == path.resolve()]
         place = f"{path}:{lines[-1]}" if lines else str(path)
@@ -97,9 +100,13 @@ def _module(target: str, folder: Path, where: str | None) -> ModuleType:
         if candidate.is_file():
             return load_file(candidate)
     if is_file:
-        raise ConfigError(f"there is no file {target}: looked in {folder} and the working folder", where=where)
+        raise ConfigError(
+            f"there is no file {target}: looked in {folder} and the working folder", where=where
+        )
     if target.split(".")[0] in sys.stdlib_module_names:
-        raise ConfigError(f"{target} is one of Python's own modules", where=where, fix="name a module of yours")
+        raise ConfigError(
+            f"{target} is one of Python's own modules", where=where, fix="name a module of yours"
+        )
     try:
         installed = importlib.util.find_spec(target)
     except (ModuleNotFoundError, ValueError):
@@ -122,7 +129,9 @@ def _is_standard(found: Any) -> bool:
 
 
 def _no_such_function(module: ModuleType, attribute: str, target: str, where: str | None) -> ConfigError:
-    own = [name for name, value in vars(module).items() if _is_own(value, module) and not name.startswith("_")]
+    own = [
+        name for name, value in vars(module).items() if _is_own(value, module) and not name.startswith("_")
+    ]
     close = difflib.get_close_matches(attribute, own, n=1)
     return ConfigError(
         f"{target} has no function {attribute}; it has {', '.join(own) or 'none'}",

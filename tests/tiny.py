@@ -57,7 +57,8 @@ GENERATION = (
 # first turns of a conversation are rendered otherwise alone than followed by more turns.
 THINKING = (
     "{% set ns = namespace(last=-1) %}"
-    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% endfor %}"
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' and loop.index0 > ns.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -86,7 +87,8 @@ def _trained() -> str:
 def tiny_tokenizer(template: Template | None = "chatml") -> PreTrainedTokenizerFast:
     """A fresh tokenizer of at most 400 ids: pad 0, `<|im_start|>` 1, `<|im_end|>` 2, `<s>` 3, `</s>` 4.
 
-    End of sequence is `</s>` for "llama2", `<|endoftext|>` (0, also padding) without a template, else `<|im_end|>`.
+    End of sequence is `</s>` for "llama2", `<|endoftext|>` (0, also padding) without a template, else
+    `<|im_end|>`.
     """
     eos = {"llama2": "</s>", None: "<|endoftext|>"}.get(template, "<|im_end|>")
     tokenizer = PreTrainedTokenizerFast(

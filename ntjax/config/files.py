@@ -105,7 +105,9 @@ def _from_json(text: str, path: Path) -> tuple[Any, Lines]:
     lines, faults = json_lines(text)
     for key, line in faults:
         if key in ("NaN", "Infinity", "-Infinity"):
-            raise ConfigError(f"{key} is not a JSON number", where=f"{path}:{line}", fix="write a finite number")
+            raise ConfigError(
+                f"{key} is not a JSON number", where=f"{path}:{line}", fix="write a finite number"
+            )
         raise _given_twice(key, path, line)
     return data, lines
 
@@ -146,7 +148,9 @@ def _from_yaml(text: str, path: Path) -> tuple[Any, Lines]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         fix = "indent with spaces" if "'\\t'" in str(error.problem) else None
-        raise ConfigError(f"not YAML: {error.problem}", where=f"{path}:{mark.line + 1}", fix=fix) from None
+        raise ConfigError(
+            f"not YAML: {error.problem}", where=f"{path}:{mark.line + 1 if mark else 1}", fix=fix
+        ) from None
 
 
 def _yaml_value(loader: _Loader, node: Any, path: str, file: Path, lines: Lines) -> Any:
@@ -188,7 +192,9 @@ def _from_python(path: Path) -> dict[str, Any]:
         data = data.to_dict()
     if not isinstance(data, dict) or not data:
         raise ConfigError(
-            f"get_config() returned {type(data).__name__}", where=str(path), fix="return a dict or a ConfigDict"
+            f"get_config() returned {type(data).__name__}",
+            where=str(path),
+            fix="return a dict or a ConfigDict",
         )
     return data
 

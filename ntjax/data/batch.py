@@ -12,8 +12,8 @@ import numpy as np
 class Example:
     """A document as the loss sees it.
 
-    `tokens` [t] int32; `mask` [t] bool, where `mask[i]` says that token i is learned, predicted from the tokens
-    before it, so `mask[0]` is False; `truncated` says that its end was cut off.
+    `tokens` [t] int32; `mask` [t] bool, where `mask[i]` says that token i is learned, predicted from the
+    tokens before it, so `mask[0]` is False; `truncated` says that its end was cut off.
     """
 
     tokens: np.ndarray
@@ -24,9 +24,9 @@ class Example:
 def collate(slots: Sequence[Sequence[Example]], length: int, pad_id: int) -> dict[str, np.ndarray]:
     """Each slot's documents one after another in a row of `length`, the rest of the row padding.
 
-    `tokens` [batch, length] int32; `mask` [batch, length] bool; `segments` [batch, length] int32, 0 in padding,
-    the documents of a row counted from 1; `positions` [batch, length] int32, from 0 in every document.
-    An empty slot is a row of padding.
+    `tokens` [batch, length] int32; `mask` [batch, length] bool; `segments` [batch, length] int32, 0 in
+    padding, the documents of a row counted from 1; `positions` [batch, length] int32, from 0 in every
+    document. An empty slot is a row of padding.
     """
     shape = (len(slots), length)
     batch = {

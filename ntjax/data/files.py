@@ -38,11 +38,6 @@ class Rows(Sequence[Row]):
     def where(self, index: int) -> str:
         """ "train.jsonl:1817", or "train.parquet row 1817" (from 1) where lines mean nothing."""
 
-    @property
-    def columns(self) -> list[str]:
-        """Names in the first row."""
-        return list(self[0])
-
 
 @dataclass(frozen=True)
 class JsonLines(Rows):
@@ -62,7 +57,7 @@ class JsonLines(Rows):
         _, first, count = self.spans[index]
         with self.path.open("rb") as file:
             file.seek(first)
-            return _json_object(file.read(count), self.where(index))
+            return _json_object(file.read(count).rstrip(b"\r\n"), self.where(index))
 
     def where(self, index: int) -> str:
         return f"{self.name}:{self.spans[index][0]}"

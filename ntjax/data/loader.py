@@ -1,16 +1,15 @@
 """Which rows each step sees, planned up front, and the pipeline that builds them.
 
-The plan is a pure function of row lengths and settings, the same in every process, so the position in the data
-is one integer, the step, valid on any number of processes.
+The plan is a pure function of row lengths and settings, the same in every process, so the position in the
+data is one integer, the step, valid on any number of processes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -32,9 +31,9 @@ class Plan:
     """The rows of every step.
 
     `lengths` [rows]; `rows_per_microbatch` is over all processes. An epoch sees every row once, in its own
-    order (the file's, unless `shuffle`), and its last step is filled up with empty slots, never with rows of the
-    next epoch: ceil(rows / (rows_per_microbatch * accumulation)) steps, as transformers' Trainer counts them.
-    `max_steps` above 0 overrides `epochs`, which may be a fraction.
+    order (the file's, unless `shuffle`), and its last step is filled up with empty slots, never with rows of
+    the next epoch: ceil(rows / (rows_per_microbatch * accumulation)) steps, as transformers' Trainer counts
+    them. `max_steps` above 0 overrides `epochs`, which may be a fraction.
 
     With `packing` a slot holds several rows. The packs are made once, by first fit over the rows (in an order
     drawn from the seed if `shuffle`, since neighbours in a file are often alike); an epoch reorders packs.
@@ -80,7 +79,8 @@ class Plan:
         return [slots[i : i + size] for i in range(0, len(slots), size)]
 
     def length(self, step: int) -> int:
-        """Tokens in a row of this step: `max_length` with packing, else the bucket that holds its longest row.
+        """Tokens in a row of this step: `max_length` with packing, else the bucket that holds its longest
+        row.
 
         Buckets are 64, 128, 256, ... and `max_length`: few shapes, so few compilations.
         """
@@ -111,7 +111,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """This process's arrays [accumulation, rows_per_microbatch / process_count, length] of steps `start`, ...
 
     Joined over the processes along axis 1 they are the single-process batch. The result is a grain iterator;
@@ -130,6 +130,6 @@ def batches(
         return {name: np.stack([batch[name] for batch in microbatches]) for name in microbatches[0]}
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    iterator: Any = iter(grain.MapDataset.range(plan.steps).map(build).to_iter_dataset(options))
+    iterator = iter(grain.MapDataset.range(plan.steps).map(build).to_iter_dataset(options))
     iterator.set_state({"next_index": start})
     return iterator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ntjax.data.files import KINDS, Row, Rows, Source, Table, open_file
 from ntjax.errors import BadData, ConfigError, InputMissing, Refused
 
-__all__ = ["Row", "Rows", "Source", "open_rows"]
+__all__ = ["Row", "Rows", "Source", "held_out", "open_rows"]
 
 # The words by which `datasets` tells the splits of a folder.
 SPLIT_WORDS = {
@@ -56,19 +59,38 @@ class Chosen(Rows):
         raise IndexError(index)
 
 
+@dataclass(frozen=True)
+class Picked(Rows):
+    """Some of other rows, by number."""
+
+    rows: Rows
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[self.numbers[index]]
+
+    def where(self, index: int) -> str:
+        return self.rows.where(self.numbers[index])
+
+
+def held_out(rows: Rows, ratio: float, seed: int) -> tuple[Rows, Rows]:
+    """(rows to train on, rows to evaluate on): ceil(ratio * rows) drawn for evaluation, both in order."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    count = math.ceil(ratio * len(rows))
+    return Picked(rows, sorted(order[count:].tolist())), Picked(rows, sorted(order[:count].tolist()))
+
+
 def open_rows(dataset: Source, folders: Sequence[Path], split: str | None = None) -> Rows:
     """The rows of a `[datasets.NAME]` table, in file order, the first `num_samples` of them.
 
-    A relative `dataset_path` is looked for in each of `folders` in turn. `split` overrides `dataset_split`, and
-    may be a slice as `datasets` writes them ("train[:10%]"). Without either, a source of one split gives that one
-    and a source of several gives its "train". Raises InputMissing, BadData, ConfigError.
+    A relative `dataset_path` is looked for in each of `folders` in turn. `split` overrides `dataset_split`,
+    and may be a slice as `datasets` writes them ("train[:10%]"). Without either, a source of one split gives
+    that one and a source of several gives its "train". Raises InputMissing, BadData, ConfigError.
     """
     split = split or dataset.dataset_split
-    if (dataset.dataset_path is None) == (dataset.dataset_name is None):
-        raise ConfigError(
-            "a data set needs either dataset_path or dataset_name",
-            fix='dataset_path = "train.jsonl" for files, dataset_name = "owner/name" for the hub',
-        )
     rows = _hub_rows(dataset, split) if dataset.dataset_path is None else _local_rows(dataset, folders, split)
     if not len(rows):
         raise BadData(f"no rows in {dataset.dataset_path or dataset.dataset_name}")
@@ -169,11 +191,11 @@ def _split_of(path: Path) -> str:
 
 
 def _hub_rows(dataset: Source, split: str | None) -> Rows:
-    """Rows of a hub data set; with `streaming` only what is asked for is downloaded, and nothing is cached."""
+    """Rows of a hub data set; with `streaming` only what is asked for is fetched, and not cached."""
     import datasets
 
     kwargs = dict(dataset.dataset_kwargs or {})
-    if "trust_remote_code" in kwargs:
+    if kwargs.pop("trust_remote_code", False):
         raise Refused("dataset_kwargs.trust_remote_code: code from the hub is never run", fix="remove it")
     name, split = str(dataset.dataset_name), split or "train"
     try:
@@ -185,7 +207,7 @@ def _hub_rows(dataset: Source, split: str | None) -> Rows:
     except OSError as error:
         raise InputMissing(
             f"{name} can't be read from the hub: {error}",
-            fix="check the name; set HF_TOKEN for a private one, HF_ENDPOINT for a mirror, HTTPS_PROXY behind a "
+            fix="check the name; set HF_TOKEN for a private one, HF_ENDPOINT for a mirror, HTTPS_PROXY for a "
             "proxy; or download it elsewhere and give dataset_path",
         ) from error
     count = len(found) if dataset.num_samples is None else min(len(found), dataset.num_samples)

@@ -1,0 +1,222 @@
+"""Every setting outside the stages: the run, the model, the data sets, the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntjax.config.settings import Table, place_of, setting
+
+if TYPE_CHECKING:
+    from ntjax.stages.base import StageConfig
+
+DTYPE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {
+    f"torch.{name}": name for name in ("float32", "bfloat16", "float16")
+}
+
+LORA = "LoRA adapters"
+FOUR_BIT, EIGHT_BIT = "4-bit weights", "8-bit weights"
+_OTHER_LORA = "this variant of LoRA is not among those ntjax trains"
+
+
+@dataclass(frozen=True)
+class LoraConfig(Table):
+    """`[model.lora_config]`, under PEFT's names and with PEFT's defaults."""
+
+    r: int = setting(8, at_least=1, aliases=("lora_r",))
+    lora_alpha: float = setting(8.0, above=0)
+    lora_dropout: float = setting(0.0, at_least=0, at_most=1)
+    target_modules: str | tuple[str, ...] | None = setting(None, aliases=("lora_target_modules",))
+    exclude_modules: str | tuple[str, ...] | None = setting(None)
+    modules_to_save: tuple[str, ...] | None = setting(None)
+    bias: str = setting("none", choices=("none", "all", "lora_only"))
+    task_type: str | None = setting(None, choices=("CAUSAL_LM", "SEQ_CLS"))
+    use_rslora: bool = setting(False)
+    use_dora: bool = setting(False)
+    init_lora_weights: bool | str = setting(True, choices=(True, False, "gaussian"))
+    layers_to_transform: tuple[int, ...] | None = setting(None)
+    rank_pattern: dict[str, int] = setting({}, at_least=1)
+    alpha_pattern: dict[str, float] = setting({}, above=0)
+
+    absent = {
+        "eva_config": _OTHER_LORA,
+        "corda_config": _OTHER_LORA,
+        "loftq_config": _OTHER_LORA,
+        "use_qalora": _OTHER_LORA,
+        "layer_replication": _OTHER_LORA,
+        "trainable_token_indices": _OTHER_LORA,
+        "layers_pattern": "layers are stacked, and layers_to_transform counts them",
+        "megatron_*": "there is no Megatron in ntjax",
+        "fan_in_fan_out": "the layout of a weight is known from its declaration",
+        "inference_mode": "whether a model is trained is the command's business",
+    }
+
+
+@dataclass(frozen=True)
+class BnbConfig(Table):
+    """`[model.bnb_config]`: how frozen weights are quantised, in bitsandbytes' words."""
+
+    quant_type: str = setting(
+        "nf4", choices=("nf4", "fp4"), aliases=("bnb_4bit_quant_type",), later={"fp4": "FP4 weights"}
+    )
+    use_double_quant: bool = setting(False, aliases=("bnb_4bit_use_double_quant", "use_bnb_nested_quant"))
+    compute_dtype: str | None = setting(
+        None, choices=("float32", "bfloat16"), synonyms=DTYPE_WORDS, aliases=("bnb_4bit_compute_dtype",)
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig(Table):
+    """`[model]`. Trainable weights are held in `param_dtype` and computed with in `dtype`."""
+
+    model_name_or_path: str = setting()
+    model_type: str = setting("llm", choices=("llm", "vlm"), later={"vlm": "vision-language models"})
+    model_revision: str | None = setting(None, aliases=("revision",), later="a choice of hub revision")
+    dtype: str = setting(
+        "float32",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        synonyms=DTYPE_WORDS,
+        aliases=("torch_dtype",),
+        later={"float16": "float16 with loss scaling", "auto": "taking the dtype from the checkpoint"},
+    )
+    param_dtype: str = setting("float32", choices=("float32", "bfloat16"), synonyms=DTYPE_WORDS)
+    use_lora: bool = setting(False, aliases=("use_peft",), later=LORA)
+    lora_config: LoraConfig = setting(LoraConfig(), later=LORA)
+    load_in_4bit: bool = setting(False, later=FOUR_BIT)
+    load_in_8bit: bool = setting(False, later=EIGHT_BIT)
+    bnb_config: BnbConfig = setting(BnbConfig(), later=FOUR_BIT)
+    gradient_checkpointing: bool = setting(False)
+    use_flash_attention: bool = setting(False, later="flash attention")
+    attention: str = setting(
+        "auto",
+        choices=("auto", "xla", "cudnn", "splash"),
+        later={"cudnn": "cuDNN attention", "splash": "splash attention"},
+    )
+    cache_dir: str | None = setting(None)
+    device: str = setting("auto", choices=("auto", "cpu", "gpu", "tpu"), synonyms={"cuda": "gpu"})
+    trust_remote_code: bool = setting(False)
+
+    merged = "model_kwargs"
+    absent = {
+        "attn_implementation": "attention names the kernel",
+        "device_map": "the mesh places the weights",
+        "max_memory": "the mesh places the weights",
+        "use_cache": "training keeps no key-value cache",
+        "lora_*": "write PEFT's name for it in [model.lora_config]",
+        "bnb_4bit_quant_storage": "codes are stored as they are",
+        "quantization_config": "write load_in_4bit and [model.bnb_config]",
+    }
+    inherent = {"low_cpu_mem_usage": True, "use_safetensors": True}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.load_in_4bit and self.load_in_8bit:
+            yield "load_in_8bit", "weights are held in 4 bits or in 8, not in both"
+
+
+@dataclass(frozen=True)
+class DatasetConfig(Table):
+    """`[datasets.NAME]`: where rows come from, and which columns mean what where names don't tell."""
+
+    dataset_name: str | None = setting(None)
+    dataset_path: str | None = setting(None)
+    dataset_split: str | None = setting(None, aliases=("split",))
+    eval_dataset_path: str | None = setting(None)
+    eval_split: str | None = setting(None)
+    eval_num_samples: int | None = setting(None, at_least=1)
+    validation_split_ratio: float | None = setting(None, above=0, at_most=0.5, aliases=("val_size",))
+    text_field: str | None = setting(None, aliases=("dataset_text_field",))
+    messages_field: str | None = setting(None)
+    prompt_field: str | None = setting(None)
+    response_field: str | None = setting(None, aliases=("completion_field",))
+    chosen_field: str | None = setting(None)
+    rejected_field: str | None = setting(None)
+    image_field: str | None = setting(None, later="images")
+    txt_delimiter: str | None = setting(None)
+    txt_field_names: tuple[str, ...] | None = setting(None)
+    train_on_prompt: bool = setting(False)
+    max_length: int | None = setting(None, at_least=2, aliases=("max_seq_length",))
+    num_samples: int | None = setting(None, at_least=1, aliases=("max_samples",))
+    max_bad_rows: int = setting(0, at_least=0)
+    shuffle: bool = setting(True)
+    streaming: bool = setting(False, later="streamed data")
+    formatting_func: str | None = setting(None)
+    preprocessing_num_workers: int | None = setting(
+        None, at_least=1, aliases=("dataset_num_proc",), later="several preprocessing workers"
+    )
+    dataset_kwargs: dict[str, Any] = setting({})
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if (self.dataset_name is None) == (self.dataset_path is None):
+            yield "dataset_path", "a data set needs either dataset_path (files) or dataset_name (hub)"
+        sources = [self.eval_dataset_path, self.eval_split, self.validation_split_ratio]
+        if sum(source is not None for source in sources) > 1:
+            yield (
+                "eval_split",
+                "evaluation rows come from eval_dataset_path, eval_split or validation_split_ratio",
+            )
+        if self.eval_num_samples is not None and not self.has_eval:
+            yield "eval_num_samples", "there are no evaluation rows to choose from; give eval_split as well"
+        if self.dataset_kwargs.get("trust_remote_code"):
+            yield "dataset_kwargs", "trust_remote_code is not passed on: nothing remote is ever run"
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return any(
+            s is not None for s in (self.eval_dataset_path, self.eval_split, self.validation_split_ratio)
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig(Table):
+    """`[mesh]`: devices along each axis, -1 for the rest; `zero_stage` is the short form (0 to 3)."""
+
+    data: int = setting(-1, at_least=-1, later="a mesh of your own")
+    fsdp: int = setting(1, at_least=-1, later="sharded weights")
+    tensor: int = setting(1, at_least=-1, later="tensor parallelism")
+    sequence: int = setting(1, at_least=-1, later="sequence parallelism")
+    zero_stage: int | None = setting(None, at_least=0, at_most=3, later="ZeRO stages")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "sequence": self.sequence}
+        for name, size in sizes.items():
+            if size == 0:
+                yield name, "an axis has at least one device, or -1 for the rest"
+        rest = [name for name, size in sizes.items() if size == -1]
+        if len(rest) > 1:
+            yield rest[1], f"only one axis can be -1 (the rest), and {rest[0]} is"
+
+
+@dataclass(frozen=True)
+class Config(Table):
+    """A whole run, resolved and checked. `where` gives the place in the file that a setting came from."""
+
+    model: ModelConfig = setting()
+    datasets: dict[str, DatasetConfig] = setting()
+    stages: tuple[StageConfig, ...] = setting()
+    mesh: MeshConfig = setting(MeshConfig())
+    task_name: str = setting("run")
+    seed: int = setting(42, at_least=0, at_most=2**32 - 1)
+    base_output_dir: str | None = setting(None)
+    use_wandb: bool = setting(False)
+    wandb_project: str | None = setting(None)
+    wandb_entity: str | None = setting(None)
+    use_tensorboard: bool = setting(True)
+    logging_dir: str | None = setting(None)
+    resume_from_checkpoint: str | None = setting(None)
+    ignore_data_skip: bool = setting(False, later="resuming without the data position")
+    deepspeed: str | dict[str, Any] | None = setting(None, later="reading DeepSpeed files")
+
+    path: Path = field(default=Path("run.toml"), compare=False)
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def where(self, key: str) -> str:
+        """The place of a setting like "stages.0.learning_rate" ("run.toml:12"), or of the table around it."""
+        return place_of(key, self.places, str(self.path))
+
+    def compute_dtype(self, stage: StageConfig) -> str:
+        """What a stage computes in: "bfloat16" where it says bf16, else the model's dtype."""
+        return "bfloat16" if stage.bf16 else self.model.dtype

@@ -1,0 +1,1 @@
+"""Rows of text to batches of tokens: files and hub, chat templates, masks, packing, the input pipeline."""

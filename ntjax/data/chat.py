@@ -1,0 +1,224 @@
+"""Rows as people write them, to the three shapes that are encoded.
+
+    {"messages": [...]}                        every assistant turn is learned
+    {"prompt": ..., "completion": ...}         both text or both messages; the completion is learned
+    {"text": "..."}                            all of it is learned
+
+`tools` and `chat_template_kwargs` are carried along where a row has them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from ntjax.data.files import Row
+from ntjax.errors import BadData, InputMissing, UserCodeError
+
+Message = dict[str, Any]
+Canonical = dict[str, Any]
+Layout = tuple[str, tuple[str, ...]]
+
+ROLES = {"human": "user", "gpt": "assistant", **{r: r for r in ("system", "user", "assistant", "tool")}}
+TALKS = ("messages", "conversations")
+RESPONSES = ("completion", "response")
+INSTRUCTION = ("instruction", "output")
+CARRIED = (("tools", list), ("chat_template_kwargs", dict))
+
+
+class Fields(Protocol):
+    """The names of columns in a `[datasets.NAME]` table; None is the usual name."""
+
+    text_field: str | None
+    messages_field: str | None
+    prompt_field: str | None
+    response_field: str | None
+
+
+def layout(row: Mapping[str, Any], fields: Fields) -> Layout:
+    """How a row is read ("messages", "prompt", "instruction", "text") and from which columns, or ("", ()).
+
+    A column that the config calls by a name of its own must be there: usual names are no substitute for it.
+    """
+    prompt, text = fields.prompt_field or "prompt", fields.text_field or "text"
+    talks = (fields.messages_field,) if fields.messages_field else TALKS
+    answers = RESPONSES if fields.response_field in (None, *RESPONSES) else (fields.response_field,)
+    read: list[Layout] = [("messages", (talk,)) for talk in talks]
+    pairs: list[Layout] = [("prompt", (prompt, answer)) for answer in answers]
+    if (prompt, *answers) == INSTRUCTION:
+        pairs = [("instruction", INSTRUCTION)]
+    named = [
+        *(read if talks not in (TALKS, ("messages",)) else []),
+        *(pairs if (prompt, answers) != ("prompt", RESPONSES) else []),
+        *([("text", (text,))] if text != "text" else []),
+    ]
+    wanted = named or [*read, *pairs, ("instruction", INSTRUCTION), ("text", (text,))]
+    return next((one for one in wanted if all(column in row for column in one[1])), ("", ()))
+
+
+def check_layout(row: Mapping[str, Any], fields: Fields, where: str) -> None:
+    """Raises InputMissing, with the columns there are, when the first row can't be read as anything."""
+    if layout(row, fields)[0]:
+        return
+    names = [fields.messages_field, fields.prompt_field, fields.response_field, fields.text_field]
+    missing = [name for name in names if name and name not in row]
+    close = [match for name in missing for match in difflib.get_close_matches(name, row, n=1)]
+    message = f"no column {', '.join(map(repr, missing))}" if missing else "no known columns"
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    raise InputMissing(
+        f"{message}{hint} There is {', '.join(map(repr, row))}",
+        where=where,
+        fix="name them with messages_field, prompt_field and response_field, or text_field; known names are "
+        "messages, conversations, prompt + completion or response, instruction + input + output, text",
+    )
+
+
+def canonical(row: Mapping[str, Any], fields: Fields, where: str, *, chat: bool) -> Canonical:
+    """One of the three shapes above; raises BadData at `where` for a row that is none of them.
+
+    Roles must be known and in order: one system turn at most, first; then user and assistant in turn, tool
+    turns after an assistant's. `chat` says that the tokenizer has a chat template: then an instruction row is
+    a user turn and an assistant turn, else plain text under headings.
+    """
+    kind, columns = layout(row, fields)
+    carried = _carried(row, where)
+    if kind == "messages":
+        place = f"{where} {columns[0]}"
+        system, turns = _system(row), messages(row[columns[0]], place)
+        _check_order([*system, *turns], place, first=-len(system))
+        return {"messages": [*system, *turns], **carried}
+    if kind == "prompt":
+        return {**_pair(row, columns, where), **carried}
+    if kind == "instruction":
+        return _instruction(row, where, chat)
+    if kind == "text":
+        return {"text": _string(row[columns[0]], f"{where} {columns[0]}")}
+    raise BadData(f"nothing to train on; columns: {', '.join(map(repr, row))}", where=where)
+
+
+def _pair(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Canonical:
+    prompt, completion = (row[column] for column in columns)
+    asked_at, answered_at = (f"{where} {column}" for column in columns)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before, after = messages(prompt, asked_at), messages(completion, answered_at)
+        _check_order(before, asked_at)
+        _check_order(after, answered_at, follows=before[-1]["role"])
+        return {"prompt": before, "completion": after}
+    return {"prompt": _string(prompt, asked_at), "completion": _string(completion, answered_at)}
+
+
+def messages(value: Any, where: str) -> list[Message]:
+    """Turns with `role` and `content`, from those or ShareGPT's `from` and `value`; roles are mapped."""
+    if not isinstance(value, list) or not value:
+        raise BadData(f"{_shown(value)} isn't a list of messages", where=where)
+    return [_message(turn, f"{where}[{i}]") for i, turn in enumerate(value)]
+
+
+def formatted(row: Row, function: Callable[[Row], Any], where: str, text_field: str | None) -> list[Row]:
+    """What a user's `formatting_func` makes of a row: a text, a row, or a list of those."""
+    try:
+        made = function(row)
+    except Exception as error:
+        raise UserCodeError(f"formatting_func raised {type(error).__name__}: {error}", where=where) from error
+    rows = [{text_field or "text": one} if isinstance(one, str) else one for one in _listed(made)]
+    for one in rows:
+        if not isinstance(one, dict):
+            raise UserCodeError(
+                f"formatting_func returned {_shown(one)}; allowed: a string, a dict, or a list of those",
+                where=where,
+            )
+    return rows
+
+
+def _listed(made: Any) -> Sequence[Any]:
+    return made if isinstance(made, list) else [made]
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise BadData(f"{_shown(turn)} isn't a message", where=where)
+    role_key = "from" if "from" in turn and "role" not in turn else "role"
+    content_key = "value" if "value" in turn and "content" not in turn else "content"
+    turn = {k: v for k, v in turn.items() if v is not None}  # tables fill absent keys with null
+    role, content = turn.pop(role_key, None), turn.pop(content_key, None)
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadData(
+            f"{_shown(role)} isn't a role; allowed: {', '.join(ROLES)}", where=f"{where}.{role_key}"
+        )
+    if content is None and role == "assistant" and "tool_calls" in turn:
+        return {"role": "assistant", **turn}
+    return {"role": ROLES[role], "content": _string(content, f"{where}.{content_key}"), **turn}
+
+
+def _check_order(turns: list[Message], where: str, *, first: int = 0, follows: str | None = None) -> None:
+    """Raises unless roles follow one another as templates expect.
+
+    `first` is the number of the first turn, `follows` the role of the turn before it.
+    """
+    allowed = {
+        "system": (None,),
+        "user": (None, "system", "assistant"),
+        "assistant": ("user", "tool"),
+        "tool": ("assistant", "tool"),
+    }
+    for index, turn in enumerate(turns, first):
+        if follows not in allowed[turn["role"]]:
+            place = f"follows {follows!r}" if follows else "comes first"
+            raise BadData(
+                f"{turn['role']!r} {place}; allowed: system first if at all, then user and assistant in turn",
+                where=f"{where}[{index}].role",
+            )
+        follows = turn["role"]
+
+
+def _carried(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a row passes to the chat template; it may be written as JSON text, as tables often must."""
+    carried = {}
+    for name, kind in CARRIED:
+        if value := row.get(name):
+            try:
+                carried[name] = json.loads(value) if isinstance(value, str) else value
+            except json.JSONDecodeError as error:
+                raise BadData(f"not JSON: {error}", where=f"{where} {name}") from error
+            if not isinstance(carried[name], kind):
+                raise BadData(f"{_shown(value)} isn't a {kind.__name__}", where=f"{where} {name}")
+    return carried
+
+
+def _system(row: Mapping[str, Any]) -> list[Message]:
+    """The system turn that some rows keep in a column of its own."""
+    text = row.get("system")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text else []
+
+
+def _instruction(row: Mapping[str, Any], where: str, chat: bool) -> Canonical:
+    """An Alpaca row (instruction, input, output)."""
+    instruction = _string(row["instruction"], f"{where} instruction")
+    more = _string(row.get("input") or "", f"{where} input")
+    output = _string(row["output"], f"{where} output")
+    if chat:
+        question = {"role": "user", "content": f"{instruction}\n{more}" if more else instruction}
+        return {
+            "prompt": [*_system(row), question],
+            "completion": [{"role": "assistant", "content": output}],
+        }
+    parts = [
+        "### Instruction:\n" + instruction,
+        *(["### Input:\n" + more] if more else []),
+        "### Response:\n",
+    ]
+    return {"prompt": "\n\n".join(parts), "completion": output}
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadData(f"{_shown(value)} isn't text", where=where)
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON people know it, short."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,135 @@
+"""`python -m ntjax.generate`: the rollout sampler, for people."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ntjax import errors
+from ntjax.errors import BadData, ConfigError, InputMissing
+
+BATCH = 8  # prompts of a file that are decoded together
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses the command line and prints completions."""
+    parser = argparse.ArgumentParser("ntjax generate", description="Samples from a model folder.")
+    parser.add_argument("--model", required=True, help="a Hugging Face folder or repository")
+    parser.add_argument("--adapter", help="a PEFT adapter folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="one prompt: a user's turn if the model has a chat template")
+    source.add_argument("--prompts", metavar="FILE.jsonl", help='rows with "prompt" (text or messages) or "messages"')
+    source.add_argument("--chat", action="store_true", help="talk to it; an empty line or Ctrl-D ends")
+    parser.add_argument("--raw", action="store_true", help="complete the text as it is, without the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", action="store_true", help="one object a line: prompt, completion, tokens, logprobs")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+    if args.adapter:
+        raise ConfigError("adapters aren't there yet", where="--adapter", fix="merge it and name the merged folder")
+    sampler = Sampler(args)
+    if args.chat:
+        sampler.chat()
+        return
+    prompts = [args.prompt] if args.prompt is not None else list(_read_prompts(Path(args.prompts)))
+    for start in range(0, len(prompts), BATCH):
+        sampler.answer(prompts[start : start + BATCH])
+
+
+class Sampler:
+    """A loaded model and how to draw from it."""
+
+    def __init__(self, args: argparse.Namespace):
+        import jax
+
+        from ntjax.hf.files import read_config
+        from ntjax.hf.folder import load_params
+        from ntjax.hf.hub import locate
+        from ntjax.hf.tokenizer import load_tokenizer
+        from ntjax.models import build
+        from ntjax.sampler import Sampling
+
+        folder = locate(args.model)
+        self.args = args
+        self.model = build(read_config(folder), dtype=args.dtype)
+        self.tokenizer: Any = load_tokenizer(folder)
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self.params = load_params(folder, self.model.specs, dtype=args.dtype, sharding=lambda path: place)
+        self.stop_ids = stop_ids(folder, self.tokenizer)
+        self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+
+    def complete(self, prompts: Sequence[Any]) -> list[Any]:
+        """Completions of prompts, each text or messages."""
+        from ntjax.sampler import generate
+
+        ids = [self._tokens(prompt) for prompt in prompts]
+        return generate(self.model, self.params, ids, self.sampling, stop_ids=self.stop_ids, seed=self.args.seed)
+
+    def answer(self, prompts: Sequence[Any]) -> None:
+        """Prints the completion of each prompt."""
+        for prompt, completion in zip(prompts, self.complete(prompts), strict=True):
+            text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+            if self.args.json:
+                row = {"prompt": prompt, "completion": text, **vars(completion)}
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+            else:
+                print(text, flush=True)
+
+    def chat(self) -> None:
+        """A conversation on the terminal."""
+        turns: list[dict[str, str]] = []
+        while True:
+            try:
+                said = input("> ")
+            except EOFError:
+                return
+            if not said:
+                return
+            turns.append({"role": "user", "content": said})
+            text = self.tokenizer.decode(self.complete([turns])[0].tokens, skip_special_tokens=True)
+            turns.append({"role": "assistant", "content": text})
+            print(text, flush=True)
+
+    def _tokens(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if self.args.raw or self.tokenizer.chat_template is None:
+                return self.tokenizer(prompt)["input_ids"]
+            prompt = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+
+
+def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Tokens that end a completion: the tokenizer's and generation_config.json's ends of sequence."""
+    path = folder / "generation_config.json"
+    named = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    ids = named if isinstance(named, list) else [named]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def _read_prompts(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise InputMissing(f"there is no file {path}", where="--prompts")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            yield row["prompt"] if "prompt" in row else row["messages"]
+        except (json.JSONDecodeError, TypeError, KeyError):
+            raise BadData(
+                f"not a row with a prompt: {line[:60]}", where=f"{path}:{number}", fix='write {"prompt": "..."}'
+            ) from None
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    errors.run(main)

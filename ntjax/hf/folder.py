@@ -1,0 +1,255 @@
+"""A checkpoint to the weights of a model and back, tensor by tensor.
+
+What a `Spec` declares must all be in the checkpoint, in its shape, and the checkpoint must hold nothing else:
+nothing is initialised at random because a name was missed, and nothing trained is dropped without a word.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from ntjax.errors import BadData, InputMissing, Refused
+from ntjax.hf.files import LARGEST_FILE, Layout, Source, exported_config, to_json
+from ntjax.hf.flax_msgpack import EMBEDDING, LAYER_NORM, LINEAR, PLAIN, FlaxMsgpack, write_flax
+from ntjax.hf.gguf_file import GGUF
+from ntjax.hf.shards import Safetensors, write_safetensors
+from ntjax.params import Params, Spec, Specs
+
+# Computed from config.json, and saved all the same by old versions of transformers.
+HARMLESS = (r"rotary_emb\.inv_freq$",)
+
+
+def open_weights(path: Path) -> Source:
+    """The checkpoint in a folder (safetensors, else Flax msgpack), or in a GGUF file.
+
+    Raises:
+        InputMissing: no weights, or a file of the index isn't there. Refused: only pickled weights.
+        BadData: a file isn't what its name says, or is cut short.
+    """
+    if path.is_file():
+        return GGUF(path)
+    for stem, kind in (("model.safetensors", Safetensors), ("flax_model.msgpack", FlaxMsgpack)):
+        if (path / stem).exists() or (path / f"{stem}.index.json").exists():
+            return kind(path)
+    found = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth"))]:
+        raise Refused(
+            f"the weights are only there as {pickles[0]}, a pickle, which can run code when opened",
+            where=str(path),
+            fix="where you trust it and have torch, convert it once: transformers' "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors",
+        )
+    raise InputMissing(
+        f"no model.safetensors, no flax_model.msgpack, nor an index of either; there is {found or 'nothing'}",
+        where=str(path),
+        fix="name the folder that holds the model's weights",
+    )
+
+
+def check(source: Source, specs: Specs, ignore: Sequence[str] = HARMLESS) -> None:
+    """Raises BadData unless the checkpoint holds just the tensors that `specs` declare, in their shapes.
+
+    A tied model's `lm_head.weight` may be there too if it equals the embedding: one weight, saved twice. If
+    it differs, it was trained on its own, and dropping it would make another model.
+    """
+    wanted = {name: spec.torch_shape for spec in specs.values() for _, name in spec.tensors()}
+    there = source.names()
+    harmless = {name for name in there if any(re.search(pattern, name) for pattern in ignore)}
+    faults = [f"{name} is missing" for name in wanted if name not in there]
+    faults += [
+        f"{name} in {source.file(name).name} is {source.shape(name)}, the model's is {shape}"
+        for name, shape in wanted.items()
+        if name in there and source.shape(name) != shape
+    ]
+    faults += [
+        fault
+        for name in sorted(there - wanted.keys() - harmless)
+        if (fault := _unwanted(source, name, wanted.keys()))
+    ]
+    if faults:
+        shown = faults[:8] + ([f"and {len(faults) - 8} more"] if len(faults) > 8 else [])
+        raise BadData(
+            "\n    ".join(["the weights are not those of the model in config.json:", *shown]),
+            where=str(source.path),
+            fix="name a folder whose config.json and weights belong together",
+        )
+
+
+def _unwanted(source: Source, name: str, wanted: Any) -> str | None:
+    """What is wrong with a tensor that no weight asks for."""
+    table = name.removesuffix("lm_head.weight") + "model.embed_tokens.weight"
+    if not name.endswith("lm_head.weight") or table not in wanted or table not in source.names():
+        return f"{name} in {source.file(name).name} is no weight of the model"
+    if source.shape(name) == source.shape(table) and np.array_equal(source.read(name), source.read(table)):
+        return None
+    return f"{name} differs from {table}, although tie_word_embeddings is true"
+
+
+def load_params(
+    source: Source | Path,
+    specs: Specs,
+    *,
+    dtype: str,
+    sharding: Callable[[str], Sharding] | None = None,
+    ignore: Sequence[str] = HARMLESS,
+) -> Params:
+    """The weights that `specs` declare, in `dtype`, each with the sharding that `sharding(path)` gives it.
+
+    Each tensor is read, sent to the devices and written into its place in the stacked weight there, so that
+    the host never holds more than one. The largest tensors go first, when least is allocated beside them. On
+    several hosts each one reads what its devices hold.
+
+    Raises BadData as `check` does, and what `open_weights` raises.
+    """
+    source = open_weights(source) if isinstance(source, Path) else source
+    check(source, specs, ignore)
+    params: Params = {}
+    for path, spec in sorted(specs.items(), key=lambda item: -math.prod(item[1].torch_shape)):
+        params[path] = _load(source, spec, jnp.dtype(dtype), sharding(path) if sharding else None)
+    return {path: params[path] for path in specs}
+
+
+def _load(source: Source, spec: Spec, dtype: jnp.dtype, sharding: Sharding | None) -> jax.Array:
+    weight = _zeros(spec.shape, dtype, sharding)
+    stacked = len(spec.stacked)
+    for index, name in spec.tensors():
+        tensor = _placed(source.read(name).reshape(spec.shape[stacked:]), stacked, sharding)
+        weight = _write(weight, tensor, np.array(index, np.int32), sharding)
+        weight.block_until_ready()  # or tensors queue up faster than they are written
+    return weight
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding | None) -> jax.Array:
+    return _constrained(jnp.zeros(shape, dtype), sharding)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _write(weight: jax.Array, tensor: jax.Array, index: jax.Array, sharding: Sharding | None) -> jax.Array:
+    """`weight` with `tensor` at `index` of its stacked axes, in place."""
+    stacked = weight.ndim - tensor.ndim
+    start = (*index, *(0,) * tensor.ndim)
+    tensor = tensor.astype(weight.dtype).reshape((1,) * stacked + tensor.shape)
+    return _constrained(jax.lax.dynamic_update_slice(weight, tensor, start), sharding)
+
+
+def _constrained(x: jax.Array, sharding: Sharding | None) -> jax.Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _placed(tensor: np.ndarray, stacked: int, sharding: Sharding | None) -> jax.Array | np.ndarray:
+    """One tensor on the devices, each getting the part that its share of the stacked weight needs."""
+    if not isinstance(sharding, NamedSharding):
+        return tensor
+    part = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[stacked:]))
+    return jax.make_array_from_callback(tensor.shape, part, lambda index: tensor[index])
+
+
+def save_params(
+    folder: Path,
+    params: Params,
+    specs: Specs,
+    *,
+    dtype: str,
+    config: Mapping[str, Any],
+    max_shard_bytes: int = LARGEST_FILE,
+) -> None:
+    """Writes what `AutoModelForCausalLM.from_pretrained(folder)` loads: config.json, safetensors in `dtype`.
+
+    One tensor is on the host at a time, and the files appear together or not at all. On several hosts all
+    must call this; the first one writes.
+    """
+    tensors = _Tensors(params, specs, dtype)
+    write_safetensors(
+        folder,
+        tensors.layouts,
+        tensors.read,
+        extra={"config.json": to_json(exported_config(config, dtype))},
+        max_shard_bytes=max_shard_bytes,
+        discard=jax.process_index() != 0,
+    )
+
+
+def save_flax(
+    folder: Path,
+    params: Params,
+    specs: Specs,
+    *,
+    dtype: str,
+    config: Mapping[str, Any],
+    max_shard_bytes: int = LARGEST_FILE,
+) -> None:
+    """The same as flax_model.msgpack, in the layout of transformers 4's Flax models."""
+    tensors = _Tensors(params, specs, dtype)
+    write_flax(
+        folder,
+        tensors.layouts,
+        flax_kinds(specs),
+        tensors.read,
+        extra={"config.json": to_json(exported_config(config, dtype))},
+        max_shard_bytes=max_shard_bytes,
+        discard=jax.process_index() != 0,
+    )
+
+
+def flax_kinds(specs: Specs) -> dict[str, str]:
+    """What Flax calls the `weight` of each torch name: kernel, embedding, scale or weight."""
+    specs_by_name = {name: spec for spec in specs.values() for _, name in spec.tensors()}
+
+    def kind(name: str, spec: Spec) -> str:
+        if spec.inputs:
+            return LINEAR
+        if len(spec.torch_shape) == 2:
+            return EMBEDDING
+        return LAYER_NORM if name.removesuffix("weight") + "bias" in specs_by_name else PLAIN
+
+    return {name: kind(name, spec) for name, spec in specs_by_name.items()}
+
+
+class _Tensors:
+    """The torch tensors that `params` are made of, layer by layer, each fetched when it is read."""
+
+    def __init__(self, params: Params, specs: Specs, dtype: str):
+        assert params.keys() == specs.keys(), params.keys() ^ specs.keys()
+        self._params, self._specs = params, specs
+        self._places = dict(sorted(self._all(), key=lambda item: by_number(item[0])))
+        shapes = {name: specs[path].torch_shape for name, (path, _) in self._places.items()}
+        self.layouts = {name: Layout(shape, jnp.dtype(dtype)) for name, shape in shapes.items()}
+
+    def _all(self) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+        for path, spec in self._specs.items():
+            for index, name in spec.tensors():
+                yield name, (path, index)
+
+    def read(self, name: str) -> np.ndarray:
+        path, index = self._places[name]
+        weight = self._params[path]
+        assert weight.shape == self._specs[path].shape, path
+        everywhere = None
+        if isinstance(weight.sharding, NamedSharding):
+            everywhere = NamedSharding(weight.sharding.mesh, PartitionSpec())
+        return np.asarray(_take(weight, np.array(index, np.int32), self.layouts[name], everywhere))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _take(weight: jax.Array, index: jax.Array, layout: Layout, sharding: Sharding | None) -> jax.Array:
+    """The tensor at `index` of the stacked axes, in torch's shape."""
+    rest = weight.shape[index.shape[0] :]
+    start = (*index, *(0,) * len(rest))
+    tensor = jax.lax.dynamic_slice(weight, start, (1,) * index.shape[0] + rest)
+    return _constrained(tensor.astype(layout.dtype).reshape(layout.shape), sharding)
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

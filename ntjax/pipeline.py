@@ -1,0 +1,107 @@
+"""A run: the stages of a config in order, each from the result of the one before."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ntjax.config import Config, refuse_unbuilt, resolve_path, to_toml
+from ntjax.errors import ConfigError
+from ntjax.runs import Resume, find_resume, is_done, new_run, unmark
+from ntjax.stages.base import StageConfig
+
+log = logging.getLogger("ntjax")
+
+
+def run(
+    config: Config, *, resume: str | None = None, stages: Sequence[str] = (), allow_changed: bool = False
+) -> Path:
+    """Runs the config's stages, or those named, and returns the run's folder.
+
+    With `resume` (see `runs.find_resume`) finished stages are skipped and the one that was broken off goes on.
+    """
+    refuse_unbuilt(config)
+    chosen = _chosen(config, stages)
+    where = find_resume(config, resume) if resume else None
+    folder = where.run if where else new_run(config)
+    _log_to(folder / "train.log")
+    for warning in config.warnings:
+        log.warning("warning: %s", warning)
+    resolved = to_toml(config)
+    log.info("%s", resolved)
+    log.info("run folder: %s", folder)
+    if not where or allow_changed:
+        (folder / "config.toml").write_text(resolved)
+    _run_stages(config, chosen, folder, where, allow_changed)
+    log.info("done: %s", folder)
+    return folder
+
+
+def _run_stages(
+    config: Config, chosen: Sequence[StageConfig], run_folder: Path, where: Resume | None, allow_changed: bool
+) -> None:
+    from ntjax.hf.hub import locate
+    from ntjax.trainer import Job, prepare, train
+
+    named = [stage.stage_name for stage in config.stages].index(where.stage) if where and where.stage else None
+    for index, stage in enumerate(config.stages):
+        folder = stage_folder(config, stage, run_folder)
+        if stage not in chosen:
+            continue
+        if named is not None and index >= named:
+            unmark(folder)  # a stage that was named is gone on with, and so is what was made from it
+        if where and is_done(folder):
+            log.info("%s is done already", stage.stage_name)
+            continue
+        source = locate(
+            _source(config, index, run_folder), cache_dir=config.model.cache_dir, folders=[config.folder, Path.cwd()]
+        )
+        step = where.step if where and index == named else None
+        log.info("%s starts from %s", stage.stage_name, source)
+        train(prepare(Job(config, stage, source, folder, bool(where), step, allow_changed)))
+
+
+def _chosen(config: Config, names: Sequence[str]) -> list[StageConfig]:
+    """The stages called `names` (by name or type), all of them by default, in the config's order."""
+    known = [stage for stage in config.stages if not names or {stage.stage_name, stage.stage_type} & _forms(names)]
+    for name in names:
+        if not any({stage.stage_name, stage.stage_type} & _forms([name]) for stage in config.stages):
+            allowed = ", ".join(stage.stage_name for stage in config.stages)
+            raise ConfigError(f"there is no stage {name!r}", where="--stages", fix=f"the config has {allowed}")
+    return known
+
+
+def _forms(names: Sequence[str]) -> set[str]:
+    return {*names, *(f"{name}_stage" for name in names)}
+
+
+def stage_folder(config: Config, stage: StageConfig, run_folder: Path) -> Path:
+    """Where a stage writes: its `output_dir`, else a folder of its name in the run's."""
+    return Path(stage.output_dir) if stage.output_dir else run_folder / stage.stage_name
+
+
+def _source(config: Config, index: int, run_folder: Path) -> str:
+    """What a stage starts from: `load_from` (a folder, a repository or a stage of this run), else the result of the
+    nearest earlier stage that has one, else the model."""
+    stage = config.stages[index]
+    earlier = {s.stage_name: stage_folder(config, s, run_folder) for s in config.stages[:index]}
+    if stage.load_from:
+        for name in _forms([stage.load_from]):
+            if name in earlier:
+                return str(earlier[name])
+        return resolve_path(config, stage.load_from)
+    done = [folder for folder in earlier.values() if is_done(folder)]
+    return str(done[-1]) if done else resolve_path(config, config.model.model_name_or_path)
+
+
+def _log_to(path: Path) -> None:
+    """Everything logged goes to the terminal and to the run's train.log."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(path)):
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)

@@ -1,0 +1,105 @@
+"""Run folders: where a run writes, how a finished stage is told from a broken one, where a resumed run goes on.
+
+    {base_output_dir}/{task_name}/{YYYYmmdd_HHMMSS}/{stage}_stage/checkpoint-N
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ntjax.checkpoint import saved_steps
+from ntjax.config import Config
+from ntjax.errors import ConfigError, InputMissing
+
+DONE = "stage.json"  # written last, so its presence says that the stage's folder is whole
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where to go on: a run folder, and, if a stage or a checkpoint was named, which."""
+
+    run: Path
+    stage: str | None = None
+    step: int | None = None
+
+
+def new_run(config: Config) -> Path:
+    """A fresh run folder, with {task_name}/latest pointing at it."""
+    task = Path(config.base_output_dir) / config.task_name
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    run = task / stamp
+    for attempt in range(1, 100):
+        if not run.exists():
+            break
+        run = task / f"{stamp}_{attempt}"
+    run.mkdir(parents=True)
+    link = task / f".latest.{os.getpid()}"
+    link.symlink_to(run.name)
+    link.replace(task / "latest")
+    return run
+
+
+def find_resume(config: Config, wanted: str) -> Resume | None:
+    """What `--resume wanted` means: a run, stage or checkpoint folder, or "auto": this task's latest run, if any."""
+    if wanted == "auto":
+        latest = Path(config.base_output_dir) / config.task_name / "latest"
+        return Resume(latest.resolve()) if latest.exists() else None
+    folder = Path(wanted).resolve()
+    if not folder.is_dir():
+        raise InputMissing(f"there is no folder {wanted} to resume from", fix="name a run, a stage or a checkpoint-N")
+    checkpoint = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if checkpoint:
+        step = int(checkpoint[1])
+        if step not in saved_steps(folder.parent):
+            raise InputMissing(f"{wanted} isn't a whole checkpoint", fix=_offer(folder.parent))
+        return Resume(folder.parent.parent, folder.parent.name, step)
+    if folder.name in {stage.stage_name for stage in config.stages}:
+        return Resume(folder.parent, folder.name)
+    if not (folder / "config.toml").exists():
+        raise InputMissing(
+            f"{wanted} is not a run, and no stage of this config is called {folder.name!r}",
+            fix="name a run folder (the one with config.toml), a stage folder in it, or a checkpoint-N",
+        )
+    return Resume(folder)
+
+
+def _offer(folder: Path) -> str:
+    steps = saved_steps(folder)
+    return f"{folder} has {', '.join(f'checkpoint-{step}' for step in steps)}" if steps else f"{folder} has none"
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the stage that writes to `folder` ended."""
+    return (folder / DONE).exists()
+
+
+def mark_done(folder: Path, summary: dict[str, Any]) -> None:
+    """Says that the stage's folder is whole."""
+    part = folder / (DONE + ".part")
+    part.write_text(json.dumps(summary, indent=1) + "\n")
+    part.replace(folder / DONE)
+
+
+def unmark(folder: Path) -> None:
+    """Forgets that the stage ended: it is being continued from an earlier checkpoint."""
+    (folder / DONE).unlink(missing_ok=True)
+
+
+def check_unchanged(saved: dict[str, Any], now: dict[str, Any], *, allowed: bool) -> None:
+    """A resumed stage must be the stage that was started: `ConfigError` listing what differs, unless `allowed`."""
+    changed = [
+        f"{key}: {saved.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if changed and not allowed:
+        raise ConfigError(
+            "this stage was started with other settings: " + "; ".join(changed),
+            fix="resume with the settings it had, or pass --allow-changed to go on with these",
+        )

@@ -1,0 +1,1 @@
+"""The kinds of training, one a file: the folder is the registry."""

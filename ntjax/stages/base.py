@@ -1,0 +1,208 @@
+"""The settings that all stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ntjax.config.settings import Table, setting
+
+# Schedule -> the names that lr_scheduler_kwargs may hold for it.
+SCHEDULES = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "constant": (),
+    "constant_with_warmup": (),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"),
+    "cosine_warmup_with_min_lr": (),
+    "reduce_lr_on_plateau": (),
+    "greedy": (),
+}
+OPTIMIZERS = ("adamw_torch", "adafactor", "lion", "sgd", "muon")
+OPTIMIZERS_LATER = {
+    "adamw_8bit": "8-bit optimizers",
+    "adamw_bnb_8bit": "8-bit optimizers",
+    "paged_adamw_8bit": "8-bit optimizers",
+    "paged_adamw_32bit": "paged optimizers",
+    "lion_8bit": "8-bit optimizers",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+}
+BEST_MODEL = "choosing the best checkpoint"
+
+_TORCH = "it steers PyTorch"
+_LOADER = "the data plan is made once, and loading follows it"
+_HUB = "ntjax uploads nothing"
+_TOP_LEVEL = "it is a setting of the whole run"
+_PROGRESS = "the run prints its progress, and use_wandb and use_tensorboard at the top level say where else"
+_MEMORY = "plan says beforehand what fits"
+
+# What transformers' TrainingArguments has and no JAX trainer could mean.
+ABSENT = {
+    "torch_*": _TORCH,
+    "tf32": _TORCH,
+    "ddp_*": _TORCH,
+    "fsdp*": "[mesh] fsdp shards the weights",
+    "accelerator_config": _TORCH,
+    "parallelism_config": "[mesh] says it",
+    "local_rank": _TORCH,
+    "use_cpu": 'device = "cpu" in [model] says it',
+    "no_cuda": 'device = "cpu" in [model] says it',
+    "use_liger_kernel": "the loss never holds whole logits in any case",
+    "liger_kernel_config": "the loss never holds whole logits in any case",
+    "gradient_checkpointing_kwargs": "checkpointing has one form here, around each layer",
+    "activation_checkpointing*": "gradient_checkpointing says it",
+    "auto_find_batch_size": _MEMORY,
+    "skip_memory_metrics": _MEMORY,
+    "dataloader_*": _LOADER,
+    "train_sampling_strategy": _LOADER,
+    "group_by_length": _LOADER,
+    "length_column_name": _LOADER,
+    "label_names": "a batch has the fields its stage needs",
+    "push_to_hub*": _HUB,
+    "hub_*": _HUB,
+    "trackio_*": _PROGRESS,
+    "report_to": _PROGRESS,
+    "run_name": "task_name at the top level names the run",
+    "project": "wandb_project at the top level says it",
+    "log_level*": _PROGRESS,
+    "disable_tqdm": _PROGRESS,
+    "debug": "python -m ntjax.train --debug says it",
+    "optim_args": "each optimizer's settings have names of their own",
+    "optim_target_modules": "no optimizer here works on chosen modules only",
+    "bf16_full_eval": "evaluation computes as training does",
+    "fp16_full_eval": "evaluation computes as training does",
+    "eval_accumulation_steps": "evaluation keeps sums, not predictions",
+    "eval_do_concat_batches": "evaluation keeps sums, not predictions",
+    "eval_use_gather_object": "evaluation keeps sums, not predictions",
+    "batch_eval_metrics": "evaluation keeps sums, not predictions",
+    "include_*": "every logging step counts the tokens seen",
+    "save_only_model": "a checkpoint always resumes exactly; the finished stage is the model alone",
+    "save_on_each_node": "all hosts write one checkpoint together",
+    "restore_callback_states_from_checkpoint": "there are no callbacks",
+    "overwrite_output_dir": "every run has a folder of its own",
+    "full_determinism": "runs are reproducible without it",
+    "do_predict": "python -m ntjax.generate does it",
+    "use_cache": "training keeps no key-value cache",
+    "resume_from_checkpoint": _TOP_LEVEL,
+    "ignore_data_skip": _TOP_LEVEL,
+    "logging_dir": _TOP_LEVEL,
+    "model_init_kwargs": "[model] has the model's settings",
+    "trust_remote_code": "nothing remote is ever run",
+    "dataset_text_field": "text_field in [datasets.NAME] says it",
+    "dataset_kwargs": "it is a setting of [datasets.NAME]",
+    "dataset_num_proc": "preprocessing_num_workers in [datasets.NAME] says it",
+    "shuffle_dataset": "shuffle in [datasets.NAME] says it",
+}
+
+
+@dataclass(frozen=True)
+class StageConfig(Table):
+    """What every stage can be told. Left at None, a setting takes its value from the rest of the config."""
+
+    stage_type: str = setting(
+        later={kind: f"{kind} stages" for kind in ("pretrain", "reward", "dpo", "ppo", "grpo")}
+    )
+    stage_name: str = setting("")
+    load_from: str | None = setting(None, later="starting from another stage or model")
+    output_dir: str | None = setting(None)
+
+    num_train_epochs: float = setting(3.0, above=0)
+    max_steps: int = setting(-1, at_least=-1)
+    per_device_train_batch_size: int = setting(4, at_least=1)
+    per_device_eval_batch_size: int | None = setting(None, at_least=1)
+    gradient_accumulation_steps: int = setting(1, at_least=1)
+
+    learning_rate: float = setting(2e-5, at_least=0)
+    warmup_steps: float = setting(
+        100.0, at_least=0, aliases=("warmup_ratio",)
+    )  # below 1: a share of all steps
+    lr_scheduler_type: str = setting(
+        "cosine",
+        choices=tuple(SCHEDULES),
+        later={
+            "cosine_warmup_with_min_lr": "this schedule",
+            "reduce_lr_on_plateau": "schedules that watch the loss",
+            "greedy": "schedules that watch the loss",
+        },
+    )
+    lr_scheduler_kwargs: dict[str, float | str] = setting({})
+    optimizer: str = setting(
+        "adamw_torch",
+        choices=(*OPTIMIZERS, *OPTIMIZERS_LATER),
+        synonyms={"adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch", "adamw_hf": "adamw_torch"},
+        aliases=("optim",),
+        later=OPTIMIZERS_LATER,
+    )
+    weight_decay: float = setting(0.0, at_least=0)
+    adam_beta1: float = setting(0.9, at_least=0, at_most=1)
+    adam_beta2: float = setting(0.999, at_least=0, at_most=1)
+    adam_epsilon: float = setting(1e-8, above=0)
+    max_grad_norm: float = setting(1.0, at_least=0)
+    label_smoothing_factor: float = setting(0.0, at_least=0, at_most=1, later="label smoothing")
+    neftune_noise_alpha: float | None = setting(None, above=0, later="NEFTune noise")
+
+    bf16: bool | None = setting(None)
+    fp16: bool = setting(False, later="float16 with loss scaling")
+    gradient_checkpointing: bool | None = setting(None)
+    activation_offloading: bool = setting(False, later="activation offloading")
+    deepspeed: str | dict[str, Any] | None = setting(None, later="reading DeepSpeed files")
+
+    seed: int | None = setting(None, at_least=0, at_most=2**32 - 1)
+    data_seed: int | None = setting(None, at_least=0, later="a seed for the data alone")
+
+    logging_strategy: str = setting(
+        "steps",
+        choices=("no", "steps", "epoch"),
+        later={"no": "other logging rhythms", "epoch": "other logging rhythms"},
+    )
+    logging_steps: int = setting(10, at_least=1)
+    logging_first_step: bool = setting(False, later="other logging rhythms")
+    do_eval: bool | None = setting(None)
+    eval_strategy: str = setting("no", choices=("no", "steps", "epoch"), aliases=("evaluation_strategy",))
+    eval_steps: int | None = setting(None, at_least=1)
+    eval_delay: float = setting(0.0, at_least=0, later="delayed evaluation")
+    eval_on_start: bool = setting(False, later="evaluation before training")
+    save_strategy: str = setting(
+        "steps", choices=("no", "steps", "epoch", "best"), later={"best": BEST_MODEL}
+    )
+    save_steps: int = setting(500, at_least=1)
+    save_total_limit: int | None = setting(None, at_least=1)
+    load_best_model_at_end: bool = setting(False, later=BEST_MODEL)
+    metric_for_best_model: str | None = setting(None, later=BEST_MODEL)
+    greater_is_better: bool | None = setting(None, later=BEST_MODEL)
+
+    merged = "stage_kwargs"
+    absent = ABSENT
+    inherent = {
+        "average_tokens_across_devices": True,  # losses are sums with counts
+        "prediction_loss_only": True,
+        "remove_unused_columns": True,
+        "logging_nan_inf_filter": False,  # what isn't finite is reported as it is
+        "log_on_each_node": True,
+        "save_safetensors": True,
+        "enable_jit_checkpoint": True,  # a stop signal saves
+        "do_train": True,
+    }
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.bf16 and self.fp16:
+            yield "fp16", "a stage computes in bf16 or in fp16, not in both"
+        if self.max_steps == 0:
+            yield "max_steps", "no steps would be taken; -1 means as many as num_train_epochs gives"
+        unknown = set(self.lr_scheduler_kwargs) - set(SCHEDULES[self.lr_scheduler_type])
+        if unknown:
+            known = ", ".join(SCHEDULES[self.lr_scheduler_type]) or "none"
+            yield "lr_scheduler_kwargs", f"{self.lr_scheduler_type} has no {min(unknown)}; it takes {known}"
+        if (
+            self.lr_scheduler_type == "warmup_stable_decay"
+            and "num_decay_steps" not in self.lr_scheduler_kwargs
+        ):
+            yield "lr_scheduler_kwargs", "warmup_stable_decay needs num_decay_steps"
+        if self.do_eval is False and self.eval_strategy != "no":
+            yield "do_eval", f"eval_strategy = {self.eval_strategy!r} asks for evaluation"
