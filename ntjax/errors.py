@@ -90,6 +90,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     `os._exit` on failure: an exception must not wait for checkpoint threads that wait for other hosts.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if sys.path[0] in ("", os.getcwd()):
+        # `python -m` puts the working folder first: a tomllib.py there would take the place of Python's.
+        sys.path.append(sys.path.pop(0))
     try:
         main(argv)
     except UserError as error:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ FIRST_KEYS = (
     "step_time",
 )
 log = logging.getLogger(__name__)
+_LOST = "%s can't be written, training goes on: %s: %s"
 
 
 class Mean(NamedTuple):
@@ -58,34 +59,44 @@ def finish(metrics: Mapping[str, Mean]) -> dict[str, float]:
 
 @dataclass
 class Window:
-    """The metrics since the last logging step and the totals since the stage began, in float64 on the host.
+    """What happened since the last logging step, in float64 on the host; `num_tokens` since the stage began.
 
-    A checkpoint keeps `state()`, so a run resumed within a window logs the very numbers it would have logged.
+    A checkpoint keeps `state()`, so a run resumed within a window logs the very means it would have logged;
+    speeds are of the steps this process has done.
     """
 
     sums: Metrics = field(default_factory=dict)
-    totals: dict[str, float] = field(default_factory=dict)
+    num_tokens: int = 0
+    timed: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("steps", "tokens", "trained"), 0))
 
-    def add(self, metrics: Mapping[str, Mean], totals: Mapping[str, float] | None = None) -> None:
-        """Adds a step's metrics, and its share of running totals such as `num_tokens`."""
+    def add(self, metrics: Mapping[str, Mean], tokens: int, trained: float | None = None) -> None:
+        """Adds a step that read `tokens` tokens, `trained` of them with a loss (default: its weight)."""
         self.sums = add(self.sums, {key: Mean(float(m.total), float(m.weight)) for key, m in metrics.items()})
-        for key, value in (totals or {}).items():
-            self.totals[key] = self.totals.get(key, 0) + value
+        self.num_tokens += tokens
+        self.timed["steps"] += 1
+        self.timed["tokens"] += tokens
+        self.timed["trained"] += float(metrics["loss"].weight) if trained is None else trained
 
-    def finish(self) -> dict[str, float]:
-        """The means of the window and the totals so far; the next window begins."""
-        record = {**finish(self.sums), **self.totals}
-        self.sums = {}
+    def finish(self, seconds: float) -> dict[str, float]:
+        """The record of the window, which took `seconds`; the next one begins."""
+        record = {
+            **finish(self.sums),
+            "num_tokens": self.num_tokens,
+            "tokens_per_second": self.timed["tokens"] / seconds,
+            "trained_tokens_per_second": self.timed["trained"] / seconds,
+            "step_time": seconds / max(self.timed["steps"], 1),
+        }
+        self.sums, self.timed = {}, dict.fromkeys(self.timed, 0)
         return record
 
     def state(self) -> dict[str, Any]:
         """Plain JSON from which `from_state` makes an equal window."""
-        return {"sums": {key: list(mean) for key, mean in self.sums.items()}, "totals": dict(self.totals)}
+        return {"sums": {key: list(mean) for key, mean in self.sums.items()}, "num_tokens": self.num_tokens}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Window:
         """The window that `state()` described."""
-        return cls({key: Mean(*mean) for key, mean in state["sums"].items()}, dict(state["totals"]))
+        return cls({key: Mean(*mean) for key, mean in state["sums"].items()}, state["num_tokens"])
 
 
 @dataclass(frozen=True)
@@ -100,99 +111,98 @@ class WandbSettings:
 
 
 class MetricsLog:
-    """The log of a stage from step `start` on; what an earlier process logged after it is dropped."""
+    """The log of a stage; one that goes on from a checkpoint is rewound to it before it is written to."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        tensorboard: Path | None = None,
-        wandb: WandbSettings | None = None,
-        start: int = 0,
-    ):
-        folder.mkdir(parents=True, exist_ok=True)
-        rewind(folder, start)
-        self._sinks: dict[str, Callable[[dict[str, Any]], None]] = {LOG_NAME: self._append}
-        self._closers: list[Callable[[], None]] = []
+    def __init__(self, folder: Path, *, tensorboard: Path | None = None, wandb: WandbSettings | None = None):
+        self.folder, self.tensorboard = folder, tensorboard
+        self._start = 0
+        self._tensorboard: Any = None  # opened by the first write
+        self._wandb: Any = _start_wandb(wandb, folder) if wandb else None
         self._warned: set[str] = set()
-        if wandb is not None:
-            self._open_wandb(wandb, folder)
-        if tensorboard is not None:
-            self._open_tensorboard(tensorboard, start)
-        self._file = (folder / LOG_NAME).open("ab", buffering=0)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step`: a resumed run then has the log of one that never stopped."""
+        rewind(self.folder, step)
+        self._start = step
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Logs one record; it has a `step`. Values that aren't finite are null in JSON, which has no NaN."""
         ordered = {key: record[key] for key in FIRST_KEYS if key in record} | dict(record)
-        for name, sink in self._sinks.items():
+        sinks = {
+            LOG_NAME: self._append,
+            "TensorBoard": self._to_tensorboard,
+            "Weights & Biases": self._to_wandb,
+        }
+        for name, sink in sinks.items():
             try:
                 sink(ordered)
             except Exception as error:  # a lost log line never ends a run
-                self._warn(name, error)
+                if name not in self._warned:
+                    log.warning(_LOST, name, type(error).__name__, error)
+                self._warned.add(name)
 
     def close(self) -> None:
-        """Flushes and closes all of them."""
-        self._file.close()
-        for close in self._closers:
-            close()
-
-    def _warn(self, name: str, error: Exception) -> None:
-        if name not in self._warned:
-            log.warning("%s can't be written, training goes on: %s: %s", name, type(error).__name__, error)
-        self._warned.add(name)
+        """Flushes and closes TensorBoard's and W&B's."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _append(self, record: dict[str, Any]) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         line = json.dumps(finite, allow_nan=False).encode() + b"\n"
-        end = os.fstat(self._file.fileno()).st_size
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError("the line was cut short")
-        except OSError:
-            self._file.truncate(end)
-            raise
+        with (self.folder / LOG_NAME).open("ab", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size
+            try:
+                if file.write(line) != len(line):
+                    raise OSError("the line was cut short")
+            except OSError:
+                file.truncate(end)
+                raise
 
-    def _open_tensorboard(self, folder: Path, start: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        writer = SummaryWriter(str(folder), purge_step=start + 1)
-
-        def write(record: dict[str, Any]) -> None:
-            for tag, value in tags(record).items():
-                writer.add_scalar(tag, value, record["step"])
-            writer.flush()
-
-        self._sinks["TensorBoard"] = write
-        self._closers.append(writer.close)
-
-    def _open_wandb(self, settings: WandbSettings, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError(
-                "use_wandb is true, but wandb is not installed", fix='pip install "ntjax[wandb]"'
-            ) from error
-        try:
-            run = wandb.init(
-                project=settings.project,
-                entity=settings.entity,
-                name=settings.name,
-                id=settings.run_id,
-                config=dict(settings.config),
-                dir=str(folder),
-                resume="allow",
-            )
-        except wandb.errors.UsageError as error:
-            raise ConfigError(
-                f"wandb refuses: {error}", fix="run `wandb login`, or set WANDB_MODE=offline"
-            ) from error
-        except Exception as error:  # the network, their servers
-            self._warn("Weights & Biases", error)
+    def _to_tensorboard(self, record: dict[str, Any]) -> None:
+        if self.tensorboard is None:
             return
-        run.define_metric("train/global_step")
-        run.define_metric("*", step_metric="train/global_step", step_sync=True)
-        self._sinks["Weights & Biases"] = lambda r: run.log({**tags(r), "train/global_step": r["step"]})
-        self._closers.append(run.finish)
+        if self._tensorboard is None:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.tensorboard), purge_step=self._start + 1)
+        for tag, value in tags(record).items():
+            self._tensorboard.add_scalar(tag, value, record["step"])
+        self._tensorboard.flush()
+
+    def _to_wandb(self, record: dict[str, Any]) -> None:
+        if self._wandb is not None:
+            self._wandb.log({**tags(record), "train/global_step": record["step"]})
+
+
+def _start_wandb(settings: WandbSettings, folder: Path) -> Any:
+    """A run on W&B, or None with a warning if it can't be reached."""
+    try:
+        import wandb
+    except ImportError as error:
+        fix = 'pip install "ntjax[wandb]"'
+        raise ConfigError("use_wandb is true, but wandb is not installed", fix=fix) from error
+    try:
+        run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name,
+            id=settings.run_id,
+            config=dict(settings.config),
+            dir=str(folder),
+            resume="allow",
+        )
+    except wandb.errors.UsageError as error:
+        fix = "run `wandb login`, or set WANDB_MODE=offline"
+        raise ConfigError(f"wandb refuses: {error}", fix=fix) from error
+    except Exception as error:  # the network, their servers
+        log.warning(_LOST, "Weights & Biases", type(error).__name__, error)
+        return None
+    run.define_metric("train/global_step")
+    run.define_metric("*", step_metric="train/global_step", step_sync=True)
+    return run
 
 
 def tags(record: Mapping[str, float]) -> dict[str, float]:
@@ -211,7 +221,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def rewind(folder: Path, step: int, name: str = LOG_NAME) -> None:
-    """Drops the lines after `step`, so that the log of a resumed run is that of one that never stopped."""
+    """Drops the lines after `step` from a log of JSON lines, and a last line cut short."""
     path = folder / name
     if not path.exists():
         return

@@ -67,9 +67,11 @@ def per_tensor(transform: optax.GradientTransformation, specs: Specs) -> optax.G
         return {path: jax.vmap(transform.init)(tensors(path, p)) for path, p in params.items() if _present(p)}
 
     def update(grads: Params, state: dict[str, Any], params: Params | None = None) -> tuple[Params, dict[str, Any]]:
+        assert params is not None
         updates, states = dict(grads), {}
         for path in state:
-            update, states[path] = jax.vmap(transform.update)(tensors(path, grads[path]), state[path])
+            of = tensors(path, grads[path]), state[path], tensors(path, params[path])
+            update, states[path] = jax.vmap(transform.update)(*of)
             updates[path] = update.reshape(grads[path].shape)
         return updates, states
 
@@ -89,7 +91,8 @@ def _adafactor() -> optax.GradientTransformation:
 def _muon() -> optax.GradientTransformation:
     """Orthogonalised momentum (Jordan et al. 2024) for the matrices inside layers, scaled to Adam's rms
     (arXiv:2502.16982, eq. 4), so that one learning rate serves them and the rest, which Adam trains."""
-    return optax.chain(optax.contrib.scale_by_muon(), optax.contrib.scale_by_shape(consistent_rms=0.2))
+    scale = optax.stateless_with_tree_map(lambda u, _: 0.2 * math.sqrt(max(u.shape)) * u)
+    return optax.chain(optax.contrib.scale_by_muon(), scale)
 
 
 def _decayed(params: Params, specs: Specs) -> dict[str, bool]:
@@ -106,9 +109,11 @@ def schedule(stage: OptimizerSettings, steps: int) -> Schedule:
     except TypeError as error:
         raise ConfigError(f"lr_scheduler_kwargs don't fit {stage.lr_scheduler_type}: {error}") from None
 
+    start = stage.lr_scheduler_kwargs.get("min_lr_ratio", 0.0)  # warmup_stable_decay rises from the floor it ends at
+
     def rate(step: jax.Array) -> jax.Array:
         t = step.astype(jnp.float32)
-        return stage.learning_rate * jnp.where(t < warmup, t / max(1, warmup), decay(t))
+        return stage.learning_rate * jnp.where(t < warmup, start + (1 - start) * t / max(1, warmup), decay(t))
 
     return rate
 

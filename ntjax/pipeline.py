@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ntjax.config import Config, refuse_unbuilt, resolve_path, to_toml
+from ntjax.config import Config, refuse_unbuilt, to_toml
 from ntjax.errors import ConfigError
 from ntjax.runs import Resume, find_resume, is_done, new_run, unmark
 from ntjax.stages.base import StageConfig
@@ -56,7 +56,7 @@ def _run_stages(
             log.info("%s is done already", stage.stage_name)
             continue
         source = locate(
-            _source(config, index, run_folder), cache_dir=config.model.cache_dir, folders=[config.folder, Path.cwd()]
+            _source(config, index, run_folder), cache_dir=config.model.cache_dir, folders=[config.path.parent]
         )
         step = where.step if where and index == named else None
         log.info("%s starts from %s", stage.stage_name, source)
@@ -91,17 +91,19 @@ def _source(config: Config, index: int, run_folder: Path) -> str:
         for name in _forms([stage.load_from]):
             if name in earlier:
                 return str(earlier[name])
-        return resolve_path(config, stage.load_from)
+        return stage.load_from
     done = [folder for folder in earlier.values() if is_done(folder)]
-    return str(done[-1]) if done else resolve_path(config, config.model.model_name_or_path)
+    return str(done[-1]) if done else config.model.model_name_or_path
 
 
 def _log_to(path: Path) -> None:
-    """Everything logged goes to the terminal and to the run's train.log."""
-    log.setLevel(logging.INFO)
+    """What is logged goes to the terminal and to the run's train.log; the log has each step's metrics as well, which
+    the terminal shows as progress."""
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
-    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(path)):
+    for handler, level in ((logging.StreamHandler(sys.stdout), logging.INFO), (logging.FileHandler(path), logging.DEBUG)):
+        handler.setLevel(level)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)

@@ -51,7 +51,7 @@ def train_step(
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = _summed_gradients(loss, state.params, frozen, batch)
         scale = 1 / jnp.maximum(metrics["loss"].weight, 1)
-        norm = optax.global_norm(grads) * scale
+        norm = optax.tree.norm(grads) * scale
         finite = jnp.isfinite(norm)
         if max_grad_norm:
             # torch.nn.utils.clip_grad_norm_ has the same 1e-6.

@@ -6,8 +6,8 @@ loop. The loop never waits for the device: a step's metrics are fetched while th
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from ntjax import lookup
 from ntjax.checkpoint import Checkpoints
 from ntjax.config import Config, dataset_for
+from ntjax.data.encode import check_stop_token
+from ntjax.data.encoded import Encoded
 from ntjax.data.loader import Plan, batches
 from ntjax.errors import ConfigError, Diverged, Preempted
+from ntjax.hf.files import read_config
+from ntjax.hf.folder import load_params, save_params
+from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id, save_generation_config, save_tokenizer
 from ntjax.mesh import make_mesh, place_batch, replicated
-from ntjax.metrics import Mean, MetricsLog, Window
+from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish
 from ntjax.models import Model, build
 from ntjax.optim import direction, schedule
 from ntjax.params import Params
@@ -28,9 +34,15 @@ from ntjax.progress import Progress
 from ntjax.runs import check_unchanged, mark_done
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
+from ntjax.stages.rows import stage_rows
 from ntjax.step import TrainState, eval_step, initial_state, train_step
 
 MAX_SKIPPED = 5  # non-finite steps in a row before the run is called diverged
+# Settings that may differ when a stage is resumed: they change what is written, not what is computed.
+FREE = {"stage_name", "output_dir", "load_from", "save_strategy", "save_steps", "save_total_limit"}
+FREE |= {"load_best_model_at_end", "metric_for_best_model", "greater_is_better"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,52 +60,98 @@ class Job:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples and the plan that says which of them each step sees."""
+    """Examples, and the plan that says which of them each step sees."""
 
     plan: Plan
-    examples: Any  # ntjax.data.encode.Encoded
+    examples: Encoded
 
     def tokens(self, step: int) -> int:
         """Tokens, padding left out, that a step reads over all processes."""
-        return sum(int(self.plan.lengths[row]) for slots in self.plan.slots(step) for slot in slots for row in slot)
+        return sum(int(self.plan.lengths[row]) for rows in self.plan.slots(step) for slot in rows for row in slot)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a stage needs but its weights."""
+    """All that a stage needs but its weights. `settings` are what must not differ when it is resumed."""
 
     job: Job
     tokenizer: Any
     model: Model
     mesh: jax.sharding.Mesh
     train: Data
-    eval: Data | None
-    fingerprint: dict[str, Any]
+    evaluation: Data | None
+    settings: dict[str, Any]
 
 
 def prepare(job: Job) -> Setup:
     """Reads everything but the weights; every error that data or settings can cause is raised here."""
     config, stage = job.config, job.stage
-    remat = config.model.gradient_checkpointing if stage.gradient_checkpointing is None else stage.gradient_checkpointing
-    model = build(read_config(job.source), dtype=config.compute_dtype(stage), remat=remat)
+    hf = read_config(job.source)
+    model = build(hf, dtype=config.compute_dtype(stage), remat=bool(stage.gradient_checkpointing))
     tokenizer = load_tokenizer(job.source)
     check_vocab(tokenizer, model.config.vocab)
-    rows, held_out = stage_rows(config, stage)
-    encode = stage.encoder(config, tokenizer)
-    train = encode_rows(rows, encode, max_bad_rows=..., vocab_size=model.config.vocab)
+    train, evaluation = encoded_rows(config, stage, tokenizer, model.config.vocab)
+    log.info("%s: %s", stage.stage_name, train.report())
+    if warning := check_stop_token(train, tokenizer):
+        log.warning("warning: %s", warning)
     mesh = make_mesh()
-    return Setup(job, tokenizer, model, mesh, train, held_out, fingerprint)
+    dataset = dataset_for(config, stage)[1]
+    data = Data(
+        Plan(
+            train.lengths,
+            stage.max_length,
+            stage.per_device_train_batch_size * mesh.size,
+            stage.gradient_accumulation_steps,
+            stage.num_train_epochs,
+            stage.max_steps,
+            dataset.shuffle,
+            stage.seed,
+            stage.packing,
+        ),
+        train,
+    )
+    rows = data.plan.rows_per_microbatch * data.plan.accumulation
+    log.info("%s: %d steps of %d rows on %d devices", stage.stage_name, data.plan.steps, rows, mesh.size)
+    held_out = None
+    if stage.do_eval and evaluation is not None:
+        rows = stage.per_device_eval_batch_size * mesh.size
+        plan = Plan(evaluation.lengths, stage.max_length, rows, shuffle=False, packing=stage.packing)
+        held_out = Data(plan, evaluation)
+    return Setup(job, tokenizer, model, mesh, data, held_out, _settings(job, train))
+
+
+def encoded_rows(
+    config: Config, stage: StageConfig, tokenizer: Any, vocab: int
+) -> tuple[Encoded, Encoded | None]:
+    """The stage's training examples, and its evaluation examples where it evaluates."""
+    name, dataset = dataset_for(config, stage)
+    function = dataset.formatting_func
+    if function is not None:
+        function = lookup.function(function, config.path.parent, config.where(f"datasets.{name}.formatting_func"))
+    rows, held_out = stage_rows(config, dataset, stage.seed)
+    encoded = stage.encode(rows, tokenizer, dataset, function, vocab)
+    if held_out is None or not stage.do_eval:
+        return encoded, None
+    return encoded, stage.encode(held_out, tokenizer, dataset, function, vocab)
+
+
+def _settings(job: Job, train: Encoded) -> dict[str, Any]:
+    """Everything that decides what the stage computes."""
+    stage = {key: value for key, value in asdict(job.stage).items() if key not in FREE}
+    stage = {key: value for key, value in stage.items() if not key.startswith(("eval_", "logging_"))}
+    model = {f"model.{key}": getattr(job.config.model, key) for key in ("dtype", "param_dtype")}
+    shuffle = dataset_for(job.config, job.stage)[1].shuffle
+    everything = {**stage, **model, "devices": jax.device_count(), "shuffle": shuffle, "data": train.digest()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in everything.items()}
 
 
 def train(setup: Setup) -> None:
     """Trains the stage to its end and leaves a Hugging Face folder, or saves and raises `Preempted` on a signal."""
-    from ntjax.hf.folder import load_params
-
     job, stage = setup.job, setup.job.stage
     job.folder.mkdir(parents=True, exist_ok=True)
     place = replicated(setup.mesh)
-    specs = setup.model.specs
-    params = load_params(job.source, specs, dtype=job.config.model.param_dtype, sharding=lambda path: place)
+    specs, dtype = setup.model.specs, job.config.model.param_dtype
+    params = load_params(job.source, specs, dtype=dtype, sharding=lambda path: place)
     state = initial_state(params, direction(stage, specs))
     checkpoints = Checkpoints(job.folder, keep=stage.save_total_limit, best=best_mode(stage))
     loop = Loop(setup, state, checkpoints)
@@ -105,7 +163,17 @@ def train(setup: Setup) -> None:
         checkpoints.close()
         loop.log.close()
     export(setup, loop.best_params())
-    mark_done(job.folder, {"steps": setup.train.plan.steps, **loop.last_record})
+    mark_done(job.folder, {"steps": setup.train.plan.steps, "last": loop.last_record})
+
+
+def best_mode(stage: StageConfig) -> Any:
+    """Whether the best checkpoint is the one with the lowest or the highest metric; None without evaluation."""
+    if not stage.do_eval:
+        return None
+    higher = stage.greater_is_better
+    if higher is None:
+        higher = not stage.metric_for_best_model.endswith(("loss", "perplexity"))
+    return "max" if higher else "min"
 
 
 class Loop:
@@ -115,59 +183,55 @@ class Loop:
     """
 
     def __init__(self, setup: Setup, state: TrainState, checkpoints: Checkpoints):
-        job, stage, plan = setup.job, setup.job.stage, setup.train.plan
-        loss = _loss(setup)
-        optimizer = direction(stage, setup.model.specs)
-        step = train_step(loss, optimizer, schedule(stage, plan.steps), stage.max_grad_norm)
+        job, self.stage, self.plan = setup.job, setup.job.stage, setup.train.plan
+        loss = self.stage.loss(setup.model)
+        optimizer = direction(self.stage, setup.model.specs)
+        step = train_step(loss, optimizer, schedule(self.stage, self.plan.steps), self.stage.max_grad_norm)
         self.setup, self.state, self.checkpoints = setup, state, checkpoints
-        self.stage, self.plan = stage, plan
         self.step = jax.jit(step, donate_argnums=0)
         self.evaluate_batch = jax.jit(eval_step(loss))
-        self.log = MetricsLog(job.folder, **trackers(job))
+        self.log = MetricsLog(job.folder, tensorboard=_tensorboard(job), wandb=_wandb(job))
+        self.progress = Progress(self.stage.stage_name, self.plan.steps)
         self.window = Window()
         self.done = 0  # steps dispatched
-        self.pending: tuple[int, dict[str, Mean]] | None = None
+        self.pending: tuple[int, Metrics] | None = None
         self.skipped = 0  # non-finite steps in a row
         self.last_record: dict[str, Any] = {}
-        self.last_eval: float | None = None
+        self.last_metric: float | None = None
         self.clock = time.perf_counter()
 
     def restore(self) -> None:
         """Goes on from the job's checkpoint, the newest intact one if none is named."""
         job = self.setup.job
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
-        self.done, self.state, meta = self.checkpoints.restore(abstract, job.resume_step)
-        check_unchanged(meta["settings"], self.setup.fingerprint, allowed=job.allow_changed)
+        self.done, self.state, meta = self.checkpoints.restore(_abstract(self.state), job.resume_step)
+        check_unchanged(meta["settings"], self.setup.settings, allowed=job.allow_changed)
         self.checkpoints.discard_after(self.done)
         self.window = Window.from_state(meta["window"])
-        self.last_eval = meta["metric"]
+        self.last_metric, self.skipped = meta["metric"], meta["skipped"]
         self.log.rewind(self.done)
-        print(f"resuming {self.stage.stage_name} at step {self.done} of {self.plan.steps}", flush=True)
+        self.progress = Progress(self.stage.stage_name, self.plan.steps, start=self.done)
+        log.info("%s: resuming at step %d of %d", self.stage.stage_name, self.done, self.plan.steps)
 
     def run(self) -> None:
         """Runs the steps that are left."""
-        stage, plan, setup = self.stage, self.plan, self.setup
-        rows = batches(
-            plan,
-            setup.train.examples,
-            setup.tokenizer.pad_token_id,
-            start=self.done,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        with StopRequest() as stop, Progress(stage.stage_name, plan.steps, start=self.done) as self.progress:
+        stage, plan, mesh = self.stage, self.plan, self.setup.mesh
+        rows = _batches(self.setup.train, self.setup.tokenizer, start=self.done)
+        self.clock = time.perf_counter()
+        with StopRequest() as stop, self.progress:
             for batch in rows:
-                self.state, metrics = self.step(self.state, {}, place_batch(batch, setup.mesh))
+                self.state, metrics = self.step(self.state, {}, place_batch(batch, mesh))
                 self.collect()
                 self.done += 1
                 self.pending = self.done, metrics
-                if due(stage.eval_strategy, stage.eval_steps, self.done, plan) and setup.eval:
+                if self.setup.evaluation and due(stage.eval_strategy, stage.eval_steps, self.done, plan):
                     self.evaluate()
                 if due(stage.save_strategy, stage.save_steps, self.done, plan):
                     self.save()
-                if stop.requested:
+                if stop.requested and self.done < plan.steps:
                     self.preempt(stop.requested.name)
             self.collect()
+            if self.setup.evaluation and stage.eval_strategy == "no":
+                self.evaluate()
             if stage.save_strategy != "no":
                 self.save()
 
@@ -175,60 +239,76 @@ class Loop:
         """Fetches the metrics of the step before, and writes them if they end a logging window."""
         if self.pending is None:
             return
-        step, metrics = self.pending
-        self.pending = None
+        (step, metrics), self.pending = self.pending, None
         fetched = jax.device_get(metrics)
-        self.skipped = self.skipped + 1 if fetched["skipped"].total else 0
+        nonfinite = bool(fetched.pop("skipped").total)
+        self.skipped = self.skipped + 1 if nonfinite else 0
         if self.skipped == MAX_SKIPPED:
             raise Diverged(
-                f"the gradients of {MAX_SKIPPED} steps in a row, the last of them {step}, are not finite",
-                fix="lower learning_rate, or resume from an earlier checkpoint with other data",
+                f"gradients were not finite in {MAX_SKIPPED} steps in a row, the last of them step {step}",
+                fix="lower learning_rate, or look at the rows of these steps",
             )
-        if fetched["skipped"].total:
-            self.progress.note(f"step {step}: gradients are not finite, weights left as they were")
-        self.window.add(fetched, tokens=self.setup.train.tokens(step - 1))
+        latest = {name: float(fetched.pop(name).total) for name in ("grad_norm", "learning_rate")}
+        trained = float(fetched["loss"].weight)
+        if nonfinite:
+            self.progress.note(f"step {step}: gradients are not finite; weights are left as they were")
+            fetched = {}
+        self.window.add(fetched, self.setup.train.tokens(step - 1), trained)
         if step % self.stage.logging_steps == 0 or step == self.plan.steps:
-            self.write(step, self.window.finish(time.perf_counter() - self.clock))
-            self.clock = time.perf_counter()
+            now = time.perf_counter()
+            self.write(step, latest | self.window.finish(now - self.clock))
+            self.clock = now
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """One line of metrics.jsonl."""
         self.last_record = {"step": step, "epoch": step / self.plan.steps_per_epoch, **record}
         self.log.write(self.last_record)
+        log.debug("%s %s", self.stage.stage_name, self.last_record)
         self.progress.update(step, self.last_record)
 
     def evaluate(self) -> None:
         """Loss and perplexity on the held-out rows, and the stage's other metrics."""
         self.collect()
-        assert self.setup.eval is not None
+        assert self.setup.evaluation is not None
         started = time.perf_counter()
-        data, total = self.setup.eval, {}
-        for batch in batches(data.plan, data.examples, self.setup.tokenizer.pad_token_id):
+        total: Metrics = {}
+        for batch in _batches(self.setup.evaluation, self.setup.tokenizer):
             metrics = self.evaluate_batch(self.state.params, place_batch(batch, self.setup.mesh))
-            total = jax.tree.map(np.add, total, jax.device_get(metrics)) if total else jax.device_get(metrics)
-        record = {f"eval_{name}": float(m.total / m.weight) for name, m in total.items() if m.weight}
-        record["eval_perplexity"] = float(np.exp(record["eval_loss"]))
+            total = add(total, jax.device_get(metrics))
+        means = finish(total)
+        record = {f"eval_{name}": value for name, value in means.items()}
+        record["eval_perplexity"] = float(np.exp(means["loss"]))
         record["eval_runtime"] = time.perf_counter() - started
-        self.last_eval = record.get(f"eval_{self.stage.metric_for_best_model.removeprefix('eval_')}")
+        wanted = f"eval_{self.stage.metric_for_best_model.removeprefix('eval_')}"
+        if wanted not in record:
+            known = ", ".join(name.removeprefix("eval_") for name in record)
+            raise ConfigError(f"metric_for_best_model: there is no {wanted}", fix=f"there are {known}")
+        self.last_metric = record[wanted]
         self.write(self.done, record)
-        self.clock += time.perf_counter() - started  # evaluation is not part of a step's time
+        self.clock += time.perf_counter() - started  # evaluating is not part of a step's time
 
     def save(self) -> None:
         """A checkpoint of everything the next step depends on."""
         self.collect()
-        if self.done in self.checkpoints.steps():
-            return
-        meta = {"settings": self.setup.fingerprint, "window": self.window.state(), "metric": self.last_eval}
-        self.checkpoints.save(self.done, self.state, meta, self.last_eval)
+        meta = {
+            "settings": self.setup.settings,
+            "window": self.window.state(),
+            "metric": self.last_metric,
+            "skipped": self.skipped,
+            "source": str(self.setup.job.source),
+            "hf": self.setup.model.hf,
+        }
+        self.checkpoints.save(self.done, self.state, meta, self.last_metric)
 
     def preempt(self, signal: str) -> None:
         """Saves, waits until it is on disk, and ends the run with the exit code that says start me again."""
         self.save()
         self.checkpoints.wait()
+        folder, saved = self.setup.job.folder, self.checkpoints.latest()
         raise Preempted(
-            f"stopped by {signal}; step {self.done} of {self.plan.steps} is saved in {self.setup.job.folder}",
+            f"stopped by {signal} after step {self.done} of {self.plan.steps}; step {saved} is saved in {folder}",
             interrupted=signal == "SIGINT",
-            fix=f"go on with --resume {self.setup.job.folder.parent}",
+            fix=f"go on with --resume {folder.parent}",
         )
 
     def best_params(self) -> Params:
@@ -236,8 +316,23 @@ class Loop:
         best = self.checkpoints.best() if self.stage.load_best_model_at_end else None
         if best is None or best == self.done:
             return self.state.params
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
-        return self.checkpoints.restore(abstract, best)[1].params
+        log.info("%s: the best checkpoint is that of step %d", self.stage.stage_name, best)
+        return self.checkpoints.restore(_abstract(self.state), best)[1].params
+
+
+def _abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _batches(data: Data, tokenizer: Any, start: int = 0) -> Any:
+    return batches(
+        data.plan,
+        data.examples,
+        pad_id(tokenizer),
+        start=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
 
 def due(strategy: str, every: int, step: int, plan: Plan) -> bool:
@@ -247,11 +342,31 @@ def due(strategy: str, every: int, step: int, plan: Plan) -> bool:
     return strategy == "steps" and step % every == 0
 
 
-def export(setup: Setup, params: Params) -> None:
-    """The stage's folder becomes a Hugging Face model."""
-    from ntjax.hf.folder import save_params
-    from ntjax.hf.tokenizer import save_tokenizer
+def _tensorboard(job: Job) -> Path | None:
+    config = job.config
+    if not config.use_tensorboard:
+        return None
+    return Path(config.logging_dir) / job.stage.stage_name if config.logging_dir else job.folder / "tensorboard"
 
+
+def _wandb(job: Job) -> WandbSettings | None:
+    config = job.config
+    if not config.use_wandb:
+        return None
+    run = job.folder.parent.name
+    return WandbSettings(
+        project=config.wandb_project or "ntjax",
+        entity=config.wandb_entity,
+        name=f"{config.task_name}/{run}/{job.stage.stage_name}",
+        run_id=f"{run}-{job.stage.stage_name}",
+        config=asdict(job.stage),
+    )
+
+
+def export(setup: Setup, params: Params) -> None:
+    """The stage's folder becomes a Hugging Face model, in `model.dtype`."""
     job = setup.job
-    save_params(job.folder, params, setup.model.specs, dtype=export_dtype(job.config, setup.model.hf), config=setup.model.hf)
+    dtype = job.config.model.dtype
+    save_params(job.folder, params, setup.model.specs, dtype=dtype, config=setup.model.hf)
     save_tokenizer(setup.tokenizer, job.folder)
+    save_generation_config(job.folder, job.source, setup.tokenizer)

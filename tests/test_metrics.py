@@ -42,34 +42,45 @@ def test_metrics_are_added_inside_jit() -> None:
     assert finish(jax.jit(add)(metrics, metrics)) == {"loss": 1.5}
 
 
-def steps() -> list[tuple[dict[str, Mean], dict[str, float]]]:
-    return [
-        ({"loss": Mean(0.1 * n, 3.0), "rare": Mean(0.7 * n, n % 2)}, {"num_tokens": 10 * n})
-        for n in range(1, 8)
-    ]
+STEPS = [({"loss": Mean(0.1 * n, 3.0), "rare": Mean(0.7 * n, n % 2)}, 10 * n) for n in range(1, 8)]
 
 
 def test_a_window_restored_in_the_middle_logs_the_same_bits() -> None:
-    whole = Window()
-    for metrics, totals in steps():
-        whole.add(metrics, totals)
-
-    resumed = Window()
-    for metrics, totals in steps()[:4]:
-        resumed.add(metrics, totals)
+    whole, resumed = Window(), Window()
+    for metrics, tokens in STEPS:
+        whole.add(metrics, tokens)
+    for metrics, tokens in STEPS[:4]:
+        resumed.add(metrics, tokens)
     resumed = Window.from_state(json.loads(json.dumps(resumed.state())))
-    for metrics, totals in steps()[4:]:
-        resumed.add(metrics, totals)
+    for metrics, tokens in STEPS[4:]:
+        resumed.add(metrics, tokens)
 
-    assert resumed.finish() == whole.finish()
+    wanted, got = whole.finish(1.0), resumed.finish(1.0)
+    assert {key: got[key] for key in ("loss", "rare", "num_tokens")} == {
+        key: wanted[key] for key in ("loss", "rare", "num_tokens")
+    }
+    assert got["tokens_per_second"] == 50 + 60 + 70, "of the steps this process has done"
 
 
-def test_totals_run_on_and_means_begin_anew() -> None:
+def test_tokens_run_on_and_means_and_speeds_begin_anew() -> None:
     window = Window()
-    window.add({"loss": Mean(4.0, 2)}, {"num_tokens": 100})
-    assert window.finish() == {"loss": 2.0, "num_tokens": 100}
-    window.add({"loss": Mean(6.0, 2)}, {"num_tokens": 50})
-    assert window.finish() == {"loss": 3.0, "num_tokens": 150}
+    window.add({"loss": Mean(4.0, 2)}, tokens=100)
+    window.add({"loss": Mean(2.0, 6)}, tokens=100)
+    assert window.finish(seconds=4.0) == {
+        "loss": 0.75,
+        "num_tokens": 200,
+        "tokens_per_second": 50.0,
+        "trained_tokens_per_second": 2.0,
+        "step_time": 2.0,
+    }
+    window.add({"loss": Mean(6.0, 2)}, tokens=50, trained=30)  # the loss of pairs counts pairs
+    assert window.finish(seconds=1.0) == {
+        "loss": 3.0,
+        "num_tokens": 250,
+        "tokens_per_second": 50.0,
+        "trained_tokens_per_second": 30.0,
+        "step_time": 1.0,
+    }
 
 
 def test_a_record_is_one_line_with_the_known_keys_first(tmp_path: Path) -> None:
@@ -104,7 +115,8 @@ def test_a_resumed_log_equals_one_that_never_stopped(tmp_path: Path) -> None:
         file.write('{"step": 6, "lo')  # kill -9
     assert read_metrics(stopped) == records[:5]
 
-    log = MetricsLog(stopped, start=3)
+    log = MetricsLog(stopped)
+    log.rewind(3)
     for record in records[3:]:
         log.write(record)
     log.close()

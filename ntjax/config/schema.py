@@ -142,9 +142,7 @@ class DatasetConfig(Table):
     shuffle: bool = setting(True)
     streaming: bool = setting(False, later="streamed data")
     formatting_func: str | None = setting(None)
-    preprocessing_num_workers: int | None = setting(
-        None, at_least=1, aliases=("dataset_num_proc",), later="several preprocessing workers"
-    )
+    preprocessing_num_workers: int | None = setting(None, at_least=1, aliases=("dataset_num_proc",))
     dataset_kwargs: dict[str, Any] = setting({})
 
     def conflicts(self) -> Iterator[tuple[str, str]]:

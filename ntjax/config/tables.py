@@ -88,10 +88,10 @@ class Reader:
 
     def _outranks(self, at: str, other: str, name: str) -> bool:
         """Whether the setting as written at `at` replaces the one at `other`: only the command line does."""
-        if self.where(other).startswith(COMMAND_LINE):
-            return False
         if self.where(at).startswith(COMMAND_LINE):
             return True
+        if self.where(other).startswith(COMMAND_LINE):
+            return False
         self.blame(
             at, f": {name} is given twice, also as {other} at {self.where(other)}", "keep one of the two"
         )
@@ -104,8 +104,9 @@ class Reader:
             return self.build(declared.kind, value, at)
         try:
             checked = check(value, declared)
-            if at.endswith("_ratio") and at.rpartition(".")[2] in declared.rules.aliases and checked >= 1:
-                raise UnfitError("a ratio is below 1")
+            name = at.rpartition(".")[2]
+            if name.endswith("_ratio") and name in declared.rules.aliases and checked >= 1:
+                raise UnfitError("a ratio is below 1")  # from 1 on, warmup_steps is a count
             return checked
         except UnfitError as unfit:
             self.blame(at, f" = {shown(value)}: {unfit}", _way_out(declared, value))

@@ -27,23 +27,19 @@ class SftEncoder:
     tokenizer: Tokenizer
     fields: Fields
     max_length: int
-    train_on_prompt: bool = False
+    whole_pairs: bool = False  # learn prompts as well as completions
+    whole_messages: bool = False  # learn every turn of messages
     formatting_func: Callable[[Row], Any] | None = None
 
     def __call__(self, row: Row, where: str) -> list[Example]:
         chat = self.tokenizer.chat_template is not None
         function = self.formatting_func
         rows = [row] if function is None else formatted(row, function, where, self.fields.text_field)
-        return [
-            encode_sft(
-                canonical(one, self.fields, where, chat=chat),
-                self.tokenizer,
-                max_length=self.max_length,
-                train_on_prompt=self.train_on_prompt,
-                where=where,
-            )
-            for one in rows
-        ]
+        return [self._encode(canonical(one, self.fields, where, chat=chat), where) for one in rows]
+
+    def _encode(self, row: Canonical, where: str) -> Example:
+        whole = self.whole_messages if "messages" in row else self.whole_pairs
+        return encode_sft(row, self.tokenizer, max_length=self.max_length, train_on_prompt=whole, where=where)
 
 
 def encode_sft_rows(rows: Rows, encoder: SftEncoder, **options: Any) -> Encoded:

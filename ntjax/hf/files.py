@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -62,7 +63,7 @@ def inside(folder: Path, name: str) -> Path:
         InputMissing: there is no such file.
     """
     path = folder / name
-    if Path(name).name != name or "\\" in name or "\0" in name:
+    if not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
         raise Refused(
             f"the file name {name!r} leads out of the model's folder",
             where=str(folder),
@@ -126,7 +127,8 @@ def _known(model_type: object) -> bool:
 
 def content_hint(path: Path) -> str | None:
     """What a file that isn't what its name says probably is."""
-    head = path.open("rb").read(512)
+    with path.open("rb") as file:
+        head = file.read(512)
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):

@@ -133,8 +133,8 @@ def _walk(
             shape, dtype = _shape_and_dtype(unpacker.unpack())
             transposed = key == LINEAR
             if transposed and len(shape) != 2:
-                raise ValueError(
-                    f"{'/'.join((*path, key))}: a kernel of shape {shape}; only linear layers are read"
+                raise BadData(
+                    f"{'/'.join((*path, key))} of shape {shape} is no linear layer's", where=str(file)
                 )
             yield (*path, str(key)), _Leaf(file, start, unpacker.tell(), shape, dtype, transposed)
 

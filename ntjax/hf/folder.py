@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def check(source: Source, specs: Specs, ignore: Sequence[str] = HARMLESS) -> Non
         )
 
 
-def _unwanted(source: Source, name: str, wanted: Any) -> str | None:
+def _unwanted(source: Source, name: str, wanted: Collection[str]) -> str | None:
     """What is wrong with a tensor that no weight asks for."""
     table = name.removesuffix("lm_head.weight") + "model.embed_tokens.weight"
     if not name.endswith("lm_head.weight") or table not in wanted or table not in source.names():
@@ -106,7 +106,7 @@ def load_params(
     """The weights that `specs` declare, in `dtype`, each with the sharding that `sharding(path)` gives it.
 
     Each tensor is read, sent to the devices and written into its place in the stacked weight there, so that
-    the host never holds more than one. The largest tensors go first, when least is allocated beside them. On
+    the host holds one at a time. The largest tensors go first, when least is allocated beside them. On
     several hosts each one reads what its devices hold.
 
     Raises BadData as `check` does, and what `open_weights` raises.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ntjax.errors import InputMissing, Refused
+from ntjax.errors import InputMissing, Refused, UserError
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -48,12 +48,12 @@ def _download(name: str, cache_dir: str | Path | None, nowhere: str) -> Path:
     try:
         info = HfApi().model_info(name, timeout=ANSWER_S)
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=_patterns(info)))
-    except Refused:
+    except UserError:
         raise
     except Exception as error:  # whatever the HTTP library beneath raises, the hub couldn't give the model
         if cached := _cached(name, cache_dir):
             return cached
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         raise InputMissing(
             f"{nowhere}, and the hub gives no such model ({type(error).__name__}: {reason})", fix=WAYS_OUT
         ) from None
@@ -66,7 +66,7 @@ def _cached(name: str, cache_dir: str | Path | None) -> Path | None:
 
     try:
         folder = snapshot_download(
-            name, cache_dir=cache_dir, local_files_only=True, allow_patterns=["config.json"]
+            name, cache_dir=cache_dir, local_files_only=True, allow_patterns=["config.json", "*.safetensors"]
         )
     except LocalEntryNotFoundError:
         return None

@@ -50,7 +50,6 @@ def _scores(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> TokenLogp
     logits = einsum("BTD,VD->BTV", hidden, head).astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    fixed = jax.lax.stop_gradient(logits)
-    fixed_z = jax.lax.stop_gradient(log_z)
-    entropy = fixed_z - jnp.sum(jnp.exp(fixed - fixed_z[..., None]) * fixed, axis=-1)
+    fixed = jax.lax.stop_gradient(logits - log_z[..., None])
+    entropy = -jnp.sum(jnp.exp(fixed) * fixed, axis=-1)
     return TokenLogprobs(chosen - log_z, entropy, jnp.argmax(fixed, axis=-1) == targets)

@@ -109,7 +109,7 @@ class StageConfig(Table):
         later={kind: f"{kind} stages" for kind in ("pretrain", "reward", "dpo", "ppo", "grpo")}
     )
     stage_name: str = setting("")
-    load_from: str | None = setting(None, later="starting from another stage or model")
+    load_from: str | None = setting(None)
     output_dir: str | None = setting(None)
 
     num_train_epochs: float = setting(3.0, above=0)
@@ -153,6 +153,7 @@ class StageConfig(Table):
     activation_offloading: bool = setting(False, later="activation offloading")
     deepspeed: str | dict[str, Any] | None = setting(None, later="reading DeepSpeed files")
 
+    pad_to_multiple_of: int | str | None = setting("auto", at_least=1, later="a choice of padded lengths")
     seed: int | None = setting(None, at_least=0, at_most=2**32 - 1)
     data_seed: int | None = setting(None, at_least=0, later="a seed for the data alone")
 
@@ -173,9 +174,9 @@ class StageConfig(Table):
     )
     save_steps: int = setting(500, at_least=1)
     save_total_limit: int | None = setting(None, at_least=1)
-    load_best_model_at_end: bool = setting(False, later=BEST_MODEL)
-    metric_for_best_model: str | None = setting(None, later=BEST_MODEL)
-    greater_is_better: bool | None = setting(None, later=BEST_MODEL)
+    load_best_model_at_end: bool = setting(False)
+    metric_for_best_model: str = setting("loss")
+    greater_is_better: bool | None = setting(None)
 
     merged = "stage_kwargs"
     absent = ABSENT
@@ -193,6 +194,8 @@ class StageConfig(Table):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.bf16 and self.fp16:
             yield "fp16", "a stage computes in bf16 or in fp16, not in both"
+        if isinstance(self.pad_to_multiple_of, str) and self.pad_to_multiple_of != "auto":
+            yield "pad_to_multiple_of", 'expected a whole number or "auto"'
         if self.max_steps == 0:
             yield "max_steps", "no steps would be taken; -1 means as many as num_train_epochs gives"
         unknown = set(self.lr_scheduler_kwargs) - set(SCHEDULES[self.lr_scheduler_type])

@@ -49,6 +49,8 @@ class Options(StageConfig):
         "ds3_gather_for_generation": "the sampler uses the sharded weights as they are",
         "exp_name": "task_name at the top level names the run",
         "world_size": "the mesh knows it",
+        "*batch_size": "it follows from per_device_train_batch_size and num_mini_batches",
+        "num_total_batches": "it follows from total_episodes",
     }
 
     def conflicts(self) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ntjax.config.settings import setting
@@ -29,7 +28,6 @@ class Options(StageConfig):
     )
     eval_packing: bool | None = setting(None, later="packing evaluation rows otherwise than training rows")
     padding_free: bool = setting(False, later="batches without padding; packing does the same")
-    pad_to_multiple_of: int | str | None = setting("auto", at_least=1, later="a choice of padded lengths")
     completion_only_loss: bool | None = setting(None)
     assistant_only_loss: bool = setting(True)
     loss_type: str = setting(
@@ -40,7 +38,34 @@ class Options(StageConfig):
     eos_token: str | None = setting(None, later="a choice of the end-of-text token")
     pad_token: str | None = setting(None, later="a choice of the padding token")
 
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        yield from super().conflicts()
-        if isinstance(self.pad_to_multiple_of, str) and self.pad_to_multiple_of != "auto":
-            yield "pad_to_multiple_of", 'expected a whole number or "auto"'
+    def encode(
+        self, rows: Rows, tokenizer: Any, dataset: DatasetConfig, formatting_func: Callable[..., Any] | None, vocab: int
+    ) -> Encoded:
+        """Tokens of every row, learned where an assistant speaks."""
+        from ntjax.data.encode import SftEncoder, encode_sft_rows
+
+        encoder = SftEncoder(
+            tokenizer,
+            dataset,
+            self.max_length,
+            whole_pairs=dataset.train_on_prompt or self.completion_only_loss is False,
+            whole_messages=dataset.train_on_prompt or not self.assistant_only_loss,
+            formatting_func=formatting_func,
+        )
+        return encode_sft_rows(rows, encoder, max_bad_rows=dataset.max_bad_rows, vocab_size=vocab, workers=dataset.preprocessing_num_workers)
+
+    def loss(self, model: Model) -> Loss:
+        """Negative log-likelihood of the learned tokens, each predicted from those before it."""
+        import jax.numpy as jnp
+
+        from ntjax.losses import nll
+        from ntjax.ops.attention import Tokens
+        from ntjax.ops.logprobs import token_logprobs
+
+        def loss(params: Any, batch: Any) -> Any:
+            hidden, _ = model.hidden(params, batch["tokens"], Tokens(batch["positions"], batch["segments"]))
+            # Position t predicts token t + 1; the last one predicts nothing, and no row learns its first token.
+            targets, mask = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "mask"))
+            return nll(token_logprobs(hidden, model.head(params), targets), mask)
+
+        return loss

@@ -83,6 +83,10 @@ def test_overrides_reach_every_table_and_the_last_one_counts(load: Load) -> None
     assert config.stages[0].save_total_limit is None
 
 
+def test_the_last_of_two_names_counts(load: Load) -> None:
+    assert load(TWO_STAGES, "stages.0.optim=lion", "stages.0.optimizer=sgd").stages[0].optimizer == "sgd"
+
+
 def test_an_override_wins_over_stage_kwargs(load: Load) -> None:
     assert load(TWO_STAGES, "stages.dpo.ld_alpha=0.7").stages[1].ld_alpha == 0.7
 

@@ -116,6 +116,7 @@ def test_splits_of_a_folder_are_told_by_names(tmp_path):
     assert read(tmp_path / "d", dataset_split="validation") == [{"text": "dev 0"}, {"text": "dev 1"}]
     assert [row["text"][-1] for row in read(tmp_path / "d", dataset_split="train[:75%]")] == list("012301")
     assert len(read(tmp_path / "d", dataset_split="train+validation")) == 10
+    assert len(read(tmp_path / "d", dataset_split="train[:2]+validation", num_samples=3)) == 3
     assert len(open_rows(source(tmp_path / "d"), [], split="validation")) == 2
 
 

@@ -47,6 +47,11 @@ def test_scores_are_torchs() -> None:
     assert 0 < int(ours.correct.sum()) < ours.correct.size
 
 
+def test_entropy_of_equal_logits_is_that_of_the_uniform_whatever_their_size() -> None:
+    scores = token_logprobs(jnp.full((1, 1, 1), 1000.0), jnp.ones((VOCAB, 1)), jnp.zeros((1, 1), jnp.int32))
+    np.testing.assert_allclose(scores.entropy, np.log(VOCAB), rtol=1e-4)  # 1000 is a multiple of 6e-5 in fp32
+
+
 @pytest.mark.usefixtures("chunks")
 def test_gradients_are_torchs() -> None:
     hidden, head, targets = arrays()

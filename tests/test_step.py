@@ -1,0 +1,260 @@
+"""The train step: what an update is, what it isn't, and what it costs to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from ntjax.losses import nll
+from ntjax.mesh import make_mesh, place_batch, replicated
+from ntjax.metrics import Mean, Metrics
+from ntjax.models import Model, build
+from ntjax.ops.attention import Tokens
+from ntjax.ops.logprobs import token_logprobs
+from ntjax.params import Params, initial
+from ntjax.step import Batch, Loss, TrainState, eval_step, initial_state, train_step
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def loss_of(model: Model) -> Loss:
+    """Next-token loss of a batch of ids and mask, [B, T] each."""
+
+    def loss(params: Params, batch: Batch) -> Metrics:
+        ids = batch["ids"]
+        at = Tokens(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), jnp.ones_like(ids))
+        hidden, _ = model.hidden(params, ids, at)
+        scores = token_logprobs(hidden[:, :-1], model.head(params), ids[:, 1:])
+        return nll(scores, batch["mask"][:, 1:])
+
+    return loss
+
+
+def uneven_batch(microbatches: int, rows: int = 8, time: int = 12) -> dict[str, np.ndarray]:
+    """The same `rows` rows in `microbatches`; row i has i^2 / 4 masked positions, so no two halves weigh the same."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 61, (rows, time), dtype=np.int32)
+    mask = np.arange(time) >= (np.arange(rows) ** 2 // 4)[:, None]
+    return {name: x.reshape(microbatches, -1, time) for name, x in {"ids": ids, "mask": mask}.items()}
+
+
+def scaled_params(model: Model) -> Params:
+    """Initial weights, matrices ten times as large: gradients that are well away from zero."""
+    return {path: 10 * p if p.ndim > 2 else p for path, p in initial(model.specs, jax.random.key(0)).items()}
+
+
+def recorder() -> optax.GradientTransformation:
+    """An optimizer whose state is the gradient it was last given."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params=None: (grads, grads)
+    )
+
+
+def constant(rate: float) -> Any:
+    return lambda step: jnp.full((), rate)
+
+
+def assert_close(a: Any, b: Any, relative: float) -> None:
+    """Each pair of arrays differs by at most `relative` of the second's norm."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.linalg.norm(x - y) <= relative * np.linalg.norm(y)
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[Model, Params, TrainState, Metrics]:
+    """A model, its weights, and the recorded step over one microbatch."""
+    model = build(TINY)
+    params = scaled_params(model)
+    step = jax.jit(train_step(loss_of(model), recorder(), constant(0.5), 0.0))
+    return model, params, *step(initial_state(params, recorder()), {}, uneven_batch(1))
+
+
+Whole = tuple[Model, Params, TrainState, Metrics]
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_learned_tokens(whole: Whole) -> None:
+    model, params, state, metrics = whole
+    batch = jax.tree.map(lambda x: x[0], uneven_batch(1))
+
+    def mean(params: Params) -> jax.Array:
+        total, weight = loss_of(model)(params, batch)["loss"]
+        return total / weight
+
+    assert int(metrics["loss"].weight) == uneven_batch(1)["mask"][0, :, 1:].sum()
+    assert_close(state.opt_state, jax.jit(jax.grad(mean))(params), 1e-6)
+    assert_close(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, state.opt_state), 1e-7)
+
+
+def test_four_microbatches_are_one_batch_under_uneven_masks(whole: Whole) -> None:
+    model, params, one, metrics = whole
+    step = jax.jit(train_step(loss_of(model), recorder(), constant(0.5), 0.0))
+    four, summed = step(initial_state(params, recorder()), {}, uneven_batch(4))
+    assert_close(four.opt_state, one.opt_state, 1e-6)
+    assert_close(four.params, one.params, 1e-6)
+    assert_close(summed, metrics, 1e-6)
+
+
+def test_evaluation_sums_microbatches_too(whole: Whole) -> None:
+    model, params, _, metrics = whole
+    evaluated = jax.jit(eval_step(loss_of(model)))(params, uneven_batch(4))
+    assert_close(evaluated, {name: metrics[name] for name in evaluated}, 1e-6)
+
+
+def test_clipping_is_torchs(whole: Whole) -> None:
+    model, params, unclipped, _ = whole
+    leaves = [torch.zeros(g.shape, requires_grad=True) for g in jax.tree.leaves(unclipped.opt_state)]
+    for leaf, grad in zip(leaves, jax.tree.leaves(unclipped.opt_state), strict=True):
+        leaf.grad = torch.tensor(np.asarray(grad))
+    norm = float(torch.nn.utils.clip_grad_norm_(leaves, 0.25))
+    assert norm > 0.5
+    step = jax.jit(train_step(loss_of(model), recorder(), constant(0.5), 0.25))
+    clipped, metrics = step(initial_state(params, recorder()), {}, uneven_batch(1))
+    assert float(metrics["grad_norm"].total) == pytest.approx(norm, rel=1e-6)
+    assert_close(jax.tree.leaves(clipped.opt_state), [leaf.grad for leaf in leaves], 1e-6)
+
+
+# The properties below do not depend on the model: a loss of two weights will do.
+
+
+def linear(params: Params, batch: Batch) -> Metrics:
+    """w . x + 2 f . x over rows, where f is frozen: the gradient of w is x."""
+    return {"loss": Mean((batch["x"] * (params["w"] + 2 * params["f"])).sum(), jnp.float32(batch["x"].shape[0]))}
+
+
+def adam_state() -> tuple[Any, TrainState, Params]:
+    optimizer = optax.scale_by_adam()
+    params = {"w": jnp.asarray([1.0, -2.0, 3.0])}
+    return optimizer, initial_state(params, optimizer), {"f": jnp.asarray([1.0, 1.0, 1.0])}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_changes_no_bit_but_the_count(bad: float, max_grad_norm: float) -> None:
+    optimizer, state, frozen = adam_state()
+    step = jax.jit(train_step(linear, optimizer, constant(0.1), max_grad_norm))
+    good, wrong = np.ones((2, 2, 3), np.float32), np.ones((2, 2, 3), np.float32)
+    wrong[1, :, 1] = bad  # 1e38 is finite; the square of its sum is not
+    state, metrics = step(state, frozen, {"x": good})
+    assert float(metrics["skipped"].total) == 0
+    after, metrics = step(state, frozen, {"x": wrong})
+    assert float(metrics["skipped"].total) == float(metrics["skipped"].weight) == 1
+    for new, old in zip(
+        jax.tree.leaves((after.params, after.opt_state)), jax.tree.leaves((state.params, state.opt_state)), strict=True
+    ):
+        assert np.asarray(new).tobytes() == np.asarray(old).tobytes()
+    assert (int(state.step), int(after.step)) == (1, 2)
+    recovered, metrics = step(after, frozen, {"x": good})
+    assert float(metrics["skipped"].total) == 0
+    assert not np.array_equal(recovered.params["w"], after.params["w"])
+
+
+def test_frozen_weights_take_part_and_stay() -> None:
+    optimizer, state, frozen = adam_state()
+    after, metrics = train_step(linear, optimizer, constant(0.1), 0.0)(state, frozen, {"x": np.ones((1, 2, 3))})
+    assert float(metrics["loss"].total) == 2 * (1 - 2 + 3 + 6)
+    assert set(after.params) == {"w"}
+
+
+def test_the_schedule_is_read_at_the_count_of_steps_done() -> None:
+    optimizer, state, frozen = adam_state()
+    step = jax.jit(train_step(linear, optax.identity(), lambda step: 0.1 * step, 0.0))
+    state = initial_state(state.params, optax.identity())
+    batch = {"x": np.ones((1, 2, 3), np.float32)}
+    seen = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, batch)
+        seen.append((float(metrics["learning_rate"].total), float(state.params["w"][0])))
+    np.testing.assert_allclose(seen, [(0.0, 1.0), (0.1, 0.9), (0.2, 0.7)], rtol=1e-6)
+
+
+def test_an_empty_mask_changes_nothing_and_divides_by_nothing() -> None:
+    optimizer, _, _ = adam_state()
+    params = {"w": jnp.asarray([1.0])}
+    step = train_step(lambda p, b: {"loss": Mean((p["w"] * 0).sum(), jnp.zeros(()))}, optimizer, constant(0.1), 1.0)
+    after, metrics = step(initial_state(params, optimizer), {}, {"x": np.ones((1, 1))})
+    np.testing.assert_array_equal(after.params["w"], [1.0])
+    assert float(metrics["skipped"].total) == 0
+
+
+def batches(shapes: list[tuple[int, ...]]) -> Iterator[Batch]:
+    for shape in shapes:
+        yield {"x": np.ones(shape, np.float32)}
+
+
+def test_one_compilation_a_shape_and_the_state_is_donated() -> None:
+    optimizer, state, frozen = adam_state()
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(train_step(linear, optimizer, constant(0.1), 1.0), 2), donate_argnums=0)
+    for batch in batches([(2, 2, 3), (2, 2, 3), (1, 4, 3), (2, 2, 3), (1, 4, 3)]):
+        given = state
+        state, _ = step(given, frozen, batch)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    assert not frozen["f"].is_deleted()
+
+
+def test_eight_devices_are_one(whole: Whole) -> None:
+    model, params, one, metrics = whole
+    mesh = make_mesh()
+    assert mesh.size == 8
+    step = jax.jit(train_step(loss_of(model), recorder(), constant(0.5), 0.0))
+    state = initial_state(jax.device_put(params, replicated(mesh)), recorder())
+    eight, summed = step(state, {}, place_batch(uneven_batch(1), mesh))
+    assert len(eight.params["embed"].devices()) == 8
+    assert_close(eight.opt_state, one.opt_state, 1e-6)
+    assert_close(eight.params, one.params, 1e-6)
+    assert_close(summed, metrics, 1e-6)
+
+
+def test_the_program_does_not_grow_with_depth() -> None:
+    def lines(layers: int) -> int:
+        model = build({**TINY, "num_hidden_layers": layers}, remat=True)
+        params = {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in model.specs.items()}
+        state = jax.eval_shape(lambda p: initial_state(p, optax.scale_by_adam()), params)
+        step = train_step(loss_of(model), optax.scale_by_adam(), constant(0.1), 1.0)
+        return len(jax.jit(step).lower(state, {}, uneven_batch(2)).compile().as_text().splitlines())
+
+    assert lines(30) <= 1.3 * lines(6)
+
+
+def products(jaxpr: Any) -> Iterator[Any]:
+    """Every matrix product in a jaxpr, those within loops and calls included."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+def test_bf16_multiplies_in_bf16_and_keeps_weights_and_moments_in_fp32() -> None:
+    model = build(TINY, dtype="bfloat16")
+    optimizer = optax.scale_by_adam()
+    step = train_step(loss_of(model), optimizer, constant(0.1), 1.0)
+    state = initial_state(initial(model.specs, jax.random.key(0)), optimizer)
+    jaxpr = jax.make_jaxpr(step)(state, {}, uneven_batch(1))
+    operands = [[v.aval.dtype.name for v in eqn.invars] for eqn in products(jaxpr.jaxpr)]
+    print(len(operands), operands)
+    after = jax.eval_shape(step, state, {}, uneven_batch(1))[0]
+    floats = [x.dtype for x in jax.tree.leaves((after.params, after.opt_state)) if x.ndim]
+    assert floats
+    assert set(floats) == {jnp.dtype("float32")}
+    assert 0
