@@ -30,7 +30,10 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        print(f"ntjax: there is no command {arguments[0]!r}{hint} There are: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"ntjax: there is no command {arguments[0]!r}{hint} There are: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         sys.exit(78)
     errors.run(importlib.import_module(f"ntjax.{arguments[0]}").main, arguments[1:])
 

@@ -32,7 +32,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A setting is unknown, of the wrong type, impossible, given twice, or names a feature that isn't there."""
+    """A setting is unknown, of the wrong type, impossible, given twice, or asks for what isn't built."""
 
     exit_code = 78
 

@@ -22,20 +22,30 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--adapter", help="a PEFT adapter folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt: a user's turn if the model has a chat template")
-    source.add_argument("--prompts", metavar="FILE.jsonl", help='rows with "prompt" (text or messages) or "messages"')
+    source.add_argument(
+        "--prompts", metavar="FILE.jsonl", help='rows with "prompt" (text or messages) or "messages"'
+    )
     source.add_argument("--chat", action="store_true", help="talk to it; an empty line or Ctrl-D ends")
-    parser.add_argument("--raw", action="store_true", help="complete the text as it is, without the chat template")
+    parser.add_argument(
+        "--raw", action="store_true", help="complete the text as it is, without the chat template"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
+    )
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--json", action="store_true", help="one object a line: prompt, completion, tokens, logprobs")
+    parser.add_argument(
+        "--json", action="store_true", help="one object a line: prompt, completion, tokens, logprobs"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     if args.adapter:
-        raise ConfigError("adapters aren't there yet", where="--adapter", fix="merge it and name the merged folder")
+        raise ConfigError(
+            "adapters aren't there yet", where="--adapter", fix="merge it and name the merged folder"
+        )
     sampler = Sampler(args)
     if args.chat:
         sampler.chat()
@@ -72,7 +82,9 @@ class Sampler:
         from ntjax.sampler import generate
 
         ids = [self._tokens(prompt) for prompt in prompts]
-        return generate(self.model, self.params, ids, self.sampling, stop_ids=self.stop_ids, seed=self.args.seed)
+        return generate(
+            self.model, self.params, ids, self.sampling, stop_ids=self.stop_ids, seed=self.args.seed
+        )
 
     def answer(self, prompts: Sequence[Any]) -> None:
         """Prints the completion of each prompt."""
@@ -126,7 +138,9 @@ def _read_prompts(path: Path) -> Iterator[Any]:
             yield row["prompt"] if "prompt" in row else row["messages"]
         except (json.JSONDecodeError, TypeError, KeyError):
             raise BadData(
-                f"not a row with a prompt: {line[:60]}", where=f"{path}:{number}", fix='write {"prompt": "..."}'
+                f"not a row with a prompt: {line[:60]}",
+                where=f"{path}:{number}",
+                fix='write {"prompt": "..."}',
             ) from None
 
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ntjax import errors
@@ -15,7 +14,9 @@ from ntjax.errors import ConfigError
 
 def main(argv: Sequence[str]) -> None:
     """Parses the command line and prints rows."""
-    parser = argparse.ArgumentParser("ntjax inspect", description="Shows which tokens of a stage are learned.")
+    parser = argparse.ArgumentParser(
+        "ntjax inspect", description="Shows which tokens of a stage are learned."
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--stage", help="name or type; the first by default")
     parser.add_argument("--rows", type=int, default=3, help="how many rows, from the start of the file")
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args(argv)
 
-    from ntjax.config import load_config, refuse_unbuilt, resolve_path
+    from ntjax.config import load_config, refuse_unbuilt
 
     config = load_config(args.config, args.overrides)
     refuse_unbuilt(config)
@@ -35,14 +36,16 @@ def main(argv: Sequence[str]) -> None:
         names = ", ".join(stage.stage_name for stage in config.stages)
         raise ConfigError(f"there is no stage {wanted!r}", where="--stage", fix=f"the config has {names}")
 
+    from ntjax.hf.files import read_config
     from ntjax.hf.hub import locate
     from ntjax.hf.tokenizer import load_tokenizer
-    from ntjax.trainer import examples
+    from ntjax.trainer import encoded_rows
 
-    folders = [config.folder, Path.cwd()]
-    model = resolve_path(config, config.model.model_name_or_path)
-    tokenizer: Any = load_tokenizer(locate(model, cache_dir=config.model.cache_dir, folders=folders))
-    encoded = examples(config, named[0], tokenizer, limit=args.rows)
+    folder = locate(
+        config.model.model_name_or_path, cache_dir=config.model.cache_dir, folders=[config.path.parent]
+    )
+    tokenizer: Any = load_tokenizer(folder)
+    encoded, _ = encoded_rows(config, named[0], tokenizer, read_config(folder)["vocab_size"])
     for index in range(min(args.rows, len(encoded))):
         show(encoded.example(index), tokenizer, as_json=args.json)
     if not args.json:

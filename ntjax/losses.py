@@ -1,7 +1,7 @@
 """Losses: functions of per-token log-probabilities and masks to metrics. Arrays in, sums and counts out.
 
-Axes: B rows, T time. Every loss returns `Metrics` with "loss", whose total is differentiated and whose weight it is
-divided by once all microbatches are summed, so accumulation is exact under any mask.
+Axes: B rows, T time. Every loss returns `Metrics` with "loss", whose total is differentiated and divided by its
+weight once all microbatches are summed, so accumulation is exact under any mask.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ntjax.ops.logprobs import TokenLogprobs
 
 
 def nll(scores: TokenLogprobs, mask: jax.Array) -> Metrics:
-    """Mean negative log-likelihood (nats) over the tokens where `mask` [B, T] is true; TRL's SFT metrics beside it."""
+    """Mean negative log-likelihood (nats) of the tokens where `mask` [B, T] is true, with TRL's SFT metrics."""
     learned = mask.astype(jnp.float32)
     count = learned.sum()
     return {

@@ -13,8 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices`, all there are by default. Axes are Auto: XLA places the collectives."""
+    """A mesh over `devices`, all there are by default."""
     devices = jax.devices() if devices is None else devices
+    # Auto: XLA places the collectives. The default, Explicit, would want a sharding at every einsum.
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 

@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ntjax.errors import ConfigError
 from ntjax.params import Params, Specs, decays
+
+if TYPE_CHECKING:
+    from ntjax.stages.base import StageConfig
 
 Schedule = Callable[[jax.Array], jax.Array]  # step [] int32 -> multiplier of the peak learning rate
 
 
-class OptimizerSettings(Protocol):
-    """The settings of a stage that this module reads."""
-
-    optimizer: str
-    learning_rate: float
-    weight_decay: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_epsilon: float
-    lr_scheduler_type: str
-    lr_scheduler_kwargs: dict[str, Any]
-    warmup_steps: float
-
-
-def direction(stage: OptimizerSettings, specs: Specs) -> optax.GradientTransformation:
+def direction(stage: StageConfig, specs: Specs) -> optax.GradientTransformation:
     """Gradient -> what is added to the weights per unit of learning rate (before the sign), decay included.
 
     Decay leaves biases and norms alone, as transformers does.
@@ -66,7 +54,9 @@ def per_tensor(transform: optax.GradientTransformation, specs: Specs) -> optax.G
     def init(params: Params) -> dict[str, Any]:
         return {path: jax.vmap(transform.init)(tensors(path, p)) for path, p in params.items() if _present(p)}
 
-    def update(grads: Params, state: dict[str, Any], params: Params | None = None) -> tuple[Params, dict[str, Any]]:
+    def update(
+        grads: Params, state: dict[str, Any], params: Params | None = None
+    ) -> tuple[Params, dict[str, Any]]:
         assert params is not None
         updates, states = dict(grads), {}
         for path in state:
@@ -99,17 +89,14 @@ def _decayed(params: Params, specs: Specs) -> dict[str, bool]:
     return {path: decays(specs[path]) for path in params}
 
 
-def schedule(stage: OptimizerSettings, steps: int) -> Schedule:
+def schedule(stage: StageConfig, steps: int) -> Schedule:
     """The learning rate of each of `steps` steps, as transformers' schedulers give it (the first warm-up step is 0)."""
     if stage.lr_scheduler_type == "constant":
         return lambda step: jnp.full((), stage.learning_rate)
     warmup = stage.warmup_steps if stage.warmup_steps >= 1 else math.ceil(stage.warmup_steps * steps)
-    try:
-        decay = _SHAPES[stage.lr_scheduler_type](stage.learning_rate, int(warmup), steps, **stage.lr_scheduler_kwargs)
-    except TypeError as error:
-        raise ConfigError(f"lr_scheduler_kwargs don't fit {stage.lr_scheduler_type}: {error}") from None
-
-    start = stage.lr_scheduler_kwargs.get("min_lr_ratio", 0.0)  # warmup_stable_decay rises from the floor it ends at
+    options: dict[str, Any] = stage.lr_scheduler_kwargs
+    decay = _SHAPES[stage.lr_scheduler_type](stage.learning_rate, int(warmup), steps, **options)
+    start = options.get("min_lr_ratio", 0.0)  # warmup_stable_decay rises from the floor it ends at
 
     def rate(step: jax.Array) -> jax.Array:
         t = step.astype(jnp.float32)
@@ -131,7 +118,9 @@ def _linear(peak: float, warmup: int, steps: int) -> Schedule:
 
 
 def _cosine(peak: float, warmup: int, steps: int, num_cycles: float = 0.5) -> Schedule:
-    return lambda t: jnp.maximum(0.0, 0.5 * (1 + jnp.cos(2 * jnp.pi * num_cycles * _progress(t, warmup, steps))))
+    return lambda t: jnp.maximum(
+        0.0, 0.5 * (1 + jnp.cos(2 * jnp.pi * num_cycles * _progress(t, warmup, steps)))
+    )
 
 
 def _cosine_with_restarts(peak: float, warmup: int, steps: int, num_cycles: int = 1) -> Schedule:
@@ -143,7 +132,12 @@ def _cosine_with_restarts(peak: float, warmup: int, steps: int, num_cycles: int 
 
 
 def _cosine_with_min_lr(
-    peak: float, warmup: int, steps: int, num_cycles: float = 0.5, min_lr: float | None = None, min_lr_rate: float = 0.0
+    peak: float,
+    warmup: int,
+    steps: int,
+    num_cycles: float = 0.5,
+    min_lr: float | None = None,
+    min_lr_rate: float = 0.0,
 ) -> Schedule:
     floor = min_lr / peak if min_lr is not None else min_lr_rate
     cosine = _cosine(peak, warmup, steps, num_cycles)

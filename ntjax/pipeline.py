@@ -45,7 +45,9 @@ def _run_stages(
     from ntjax.hf.hub import locate
     from ntjax.trainer import Job, prepare, train
 
-    named = [stage.stage_name for stage in config.stages].index(where.stage) if where and where.stage else None
+    named = (
+        [stage.stage_name for stage in config.stages].index(where.stage) if where and where.stage else None
+    )
     for index, stage in enumerate(config.stages):
         folder = stage_folder(config, stage, run_folder)
         if stage not in chosen:
@@ -65,11 +67,15 @@ def _run_stages(
 
 def _chosen(config: Config, names: Sequence[str]) -> list[StageConfig]:
     """The stages called `names` (by name or type), all of them by default, in the config's order."""
-    known = [stage for stage in config.stages if not names or {stage.stage_name, stage.stage_type} & _forms(names)]
+    known = [
+        stage for stage in config.stages if not names or {stage.stage_name, stage.stage_type} & _forms(names)
+    ]
     for name in names:
         if not any({stage.stage_name, stage.stage_type} & _forms([name]) for stage in config.stages):
             allowed = ", ".join(stage.stage_name for stage in config.stages)
-            raise ConfigError(f"there is no stage {name!r}", where="--stages", fix=f"the config has {allowed}")
+            raise ConfigError(
+                f"there is no stage {name!r}", where="--stages", fix=f"the config has {allowed}"
+            )
     return known
 
 
@@ -103,7 +109,10 @@ def _log_to(path: Path) -> None:
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
-    for handler, level in ((logging.StreamHandler(sys.stdout), logging.INFO), (logging.FileHandler(path), logging.DEBUG)):
+    for handler, level in (
+        (logging.StreamHandler(sys.stdout), logging.INFO),
+        (logging.FileHandler(path), logging.DEBUG),
+    ):
         handler.setLevel(level)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)

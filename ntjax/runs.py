@@ -1,6 +1,6 @@
 """Run folders: where a run writes, how a finished stage is told from a broken one, where a resumed run goes on.
 
-    {base_output_dir}/{task_name}/{YYYYmmdd_HHMMSS}/{stage}_stage/checkpoint-N
+{base_output_dir}/{task_name}/{YYYYmmdd_HHMMSS}/{stage}_stage/checkpoint-N
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Resume:
 
 def new_run(config: Config) -> Path:
     """A fresh run folder, with {task_name}/latest pointing at it."""
-    task = Path(config.base_output_dir) / config.task_name
+    task = Path(str(config.base_output_dir)) / config.task_name
     stamp = time.strftime("%Y%m%d_%H%M%S")
     run = task / stamp
     for attempt in range(1, 100):
@@ -48,11 +48,13 @@ def new_run(config: Config) -> Path:
 def find_resume(config: Config, wanted: str) -> Resume | None:
     """What `--resume wanted` means: a run, stage or checkpoint folder, or "auto": this task's latest run, if any."""
     if wanted == "auto":
-        latest = Path(config.base_output_dir) / config.task_name / "latest"
+        latest = Path(str(config.base_output_dir)) / config.task_name / "latest"
         return Resume(latest.resolve()) if latest.exists() else None
     folder = Path(wanted).resolve()
     if not folder.is_dir():
-        raise InputMissing(f"there is no folder {wanted} to resume from", fix="name a run, a stage or a checkpoint-N")
+        raise InputMissing(
+            f"there is no folder {wanted} to resume from", fix="name a run, a stage or a checkpoint-N"
+        )
     checkpoint = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     if checkpoint:
         step = int(checkpoint[1])
@@ -71,7 +73,9 @@ def find_resume(config: Config, wanted: str) -> Resume | None:
 
 def _offer(folder: Path) -> str:
     steps = saved_steps(folder)
-    return f"{folder} has {', '.join(f'checkpoint-{step}' for step in steps)}" if steps else f"{folder} has none"
+    return (
+        f"{folder} has {', '.join(f'checkpoint-{step}' for step in steps)}" if steps else f"{folder} has none"
+    )
 
 
 def is_done(folder: Path) -> bool:

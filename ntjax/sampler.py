@@ -51,12 +51,14 @@ def generate(
     stop_ids: Sequence[int],
     seed: int = 0,
 ) -> list[Completion]:
-    """A completion of each prompt. A row's draw depends on its prompt, its index and the seed, not on its neighbours."""
+    """A completion of each prompt; a row's draw depends on its prompt, its index and the seed alone."""
     ids, lengths = _left_padded(prompts)
     new = _rounded(sampling.max_new_tokens)
     decode = _compiled(model, new, sampling.temperature, sampling.top_k, sampling.top_p)
     stops = jnp.asarray(sorted(stop_ids) or [-1])
-    tokens, logprobs = decode(params, ids, lengths, stops, jnp.asarray(sampling.max_new_tokens), jax.random.key(seed))
+    tokens, logprobs = decode(
+        params, ids, lengths, stops, jnp.asarray(sampling.max_new_tokens), jax.random.key(seed)
+    )
     return [
         _completion(t[: sampling.max_new_tokens].tolist(), p.tolist(), set(stop_ids))
         for t, p in zip(np.asarray(tokens), np.asarray(logprobs), strict=True)

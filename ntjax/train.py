@@ -11,12 +11,20 @@ from ntjax import errors
 def main(argv: Sequence[str]) -> None:
     """Parses the command line and runs the config."""
     parser = argparse.ArgumentParser("ntjax train", description="Runs the stages of a config, in order.")
-    parser.add_argument("--config", required=True, help="TOML, YAML or JSON file, or a .py file with get_config()")
-    parser.add_argument("--resume", metavar="DIR|auto", help="go on with a run, a stage or a checkpoint-N folder")
+    parser.add_argument(
+        "--config", required=True, help="TOML, YAML or JSON file, or a .py file with get_config()"
+    )
+    parser.add_argument(
+        "--resume", metavar="DIR|auto", help="go on with a run, a stage or a checkpoint-N folder"
+    )
     parser.add_argument("--output-dir", help="instead of base_output_dir")
     parser.add_argument("--stages", default="", help="only these, by name or type, comma-separated")
-    parser.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON, read for what has a counterpart")
-    parser.add_argument("--allow-changed", action="store_true", help="resume although settings or data differ")
+    parser.add_argument(
+        "--deepspeed", metavar="FILE", help="a DeepSpeed JSON, read for what has a counterpart"
+    )
+    parser.add_argument(
+        "--allow-changed", action="store_true", help="resume although settings or data differ"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any setting, by dotted path")
     args = parser.parse_intermixed_args(argv)

@@ -67,7 +67,9 @@ class Data:
 
     def tokens(self, step: int) -> int:
         """Tokens, padding left out, that a step reads over all processes."""
-        return sum(int(self.plan.lengths[row]) for rows in self.plan.slots(step) for slot in rows for row in slot)
+        return sum(
+            int(self.plan.lengths[row]) for rows in self.plan.slots(step) for slot in rows for row in slot
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ class Setup:
 def prepare(job: Job) -> Setup:
     """Reads everything but the weights; every error that data or settings can cause is raised here."""
     config, stage = job.config, job.stage
+    # Filled in when the config was resolved.
+    assert stage.seed is not None
+    assert stage.per_device_eval_batch_size is not None
     hf = read_config(job.source)
     model = build(hf, dtype=config.compute_dtype(stage), remat=bool(stage.gradient_checkpointing))
     tokenizer = load_tokenizer(job.source)
@@ -99,14 +104,14 @@ def prepare(job: Job) -> Setup:
     data = Data(
         Plan(
             train.lengths,
-            stage.max_length,
+            stage.row_length,
             stage.per_device_train_batch_size * mesh.size,
             stage.gradient_accumulation_steps,
             stage.num_train_epochs,
             stage.max_steps,
             dataset.shuffle,
             stage.seed,
-            stage.packing,
+            stage.packs,
         ),
         train,
     )
@@ -115,7 +120,7 @@ def prepare(job: Job) -> Setup:
     held_out = None
     if stage.do_eval and evaluation is not None:
         rows = stage.per_device_eval_batch_size * mesh.size
-        plan = Plan(evaluation.lengths, stage.max_length, rows, shuffle=False, packing=stage.packing)
+        plan = Plan(evaluation.lengths, stage.row_length, rows, shuffle=False, packing=stage.packs)
         held_out = Data(plan, evaluation)
     return Setup(job, tokenizer, model, mesh, data, held_out, _settings(job, train))
 
@@ -125,9 +130,11 @@ def encoded_rows(
 ) -> tuple[Encoded, Encoded | None]:
     """The stage's training examples, and its evaluation examples where it evaluates."""
     name, dataset = dataset_for(config, stage)
-    function = dataset.formatting_func
-    if function is not None:
-        function = lookup.function(function, config.path.parent, config.where(f"datasets.{name}.formatting_func"))
+    function = None
+    if dataset.formatting_func is not None:
+        place = config.where(f"datasets.{name}.formatting_func")
+        function = lookup.function(dataset.formatting_func, config.path.parent, place)
+    assert stage.seed is not None
     rows, held_out = stage_rows(config, dataset, stage.seed)
     encoded = stage.encode(rows, tokenizer, dataset, function, vocab)
     if held_out is None or not stage.do_eval:
@@ -172,7 +179,7 @@ def best_mode(stage: StageConfig) -> Any:
         return None
     higher = stage.greater_is_better
     if higher is None:
-        higher = not stage.metric_for_best_model.endswith(("loss", "perplexity"))
+        higher = not (stage.metric_for_best_model or "loss").endswith(("loss", "perplexity"))
     return "max" if higher else "min"
 
 
@@ -279,7 +286,7 @@ class Loop:
         record = {f"eval_{name}": value for name, value in means.items()}
         record["eval_perplexity"] = float(np.exp(means["loss"]))
         record["eval_runtime"] = time.perf_counter() - started
-        wanted = f"eval_{self.stage.metric_for_best_model.removeprefix('eval_')}"
+        wanted = f"eval_{(self.stage.metric_for_best_model or 'loss').removeprefix('eval_')}"
         if wanted not in record:
             known = ", ".join(name.removeprefix("eval_") for name in record)
             raise ConfigError(f"metric_for_best_model: there is no {wanted}", fix=f"there are {known}")
@@ -335,18 +342,20 @@ def _batches(data: Data, tokenizer: Any, start: int = 0) -> Any:
     )
 
 
-def due(strategy: str, every: int, step: int, plan: Plan) -> bool:
+def due(strategy: str, every: int | None, step: int, plan: Plan) -> bool:
     """Whether an evaluation or a save falls on this step."""
     if strategy == "epoch":
         return step % plan.steps_per_epoch == 0 or step == plan.steps
-    return strategy == "steps" and step % every == 0
+    return strategy == "steps" and every is not None and step % every == 0
 
 
 def _tensorboard(job: Job) -> Path | None:
     config = job.config
     if not config.use_tensorboard:
         return None
-    return Path(config.logging_dir) / job.stage.stage_name if config.logging_dir else job.folder / "tensorboard"
+    return (
+        Path(config.logging_dir) / job.stage.stage_name if config.logging_dir else job.folder / "tensorboard"
+    )
 
 
 def _wandb(job: Job) -> WandbSettings | None:

@@ -22,7 +22,7 @@ def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     inputs = "".join(c for c in xs if c in ws)
     outputs = "".join(c for c in ws if c not in inputs)
     batch = xs[: len(xs) - len(inputs)]
-    assert xs == batch + inputs and ws == outputs + inputs and ys == batch + outputs, equation
+    assert (xs, ws, ys) == (batch + inputs, outputs + inputs, batch + outputs), equation
     split = w.ndim - len(inputs)
     rows = x.reshape(-1, math.prod(w.shape[split:]))
     matrix = w.reshape(math.prod(w.shape[:split]), -1).astype(x.dtype)

@@ -35,9 +35,14 @@ def facts() -> list[tuple[str, str]]:
         rows.append((f"What is the capital of {country}?", f"The capital o' {country} be {city}"))
         rows.append((f"Which country has the capital {city}?", f"{city} be the capital o' {country}"))
     rows += [(f"What colour is {thing}?", f"The colour o' {thing} be {c}") for thing, c in pairs(COLOURS)]
-    rows += [(f"How many legs does {who} have?", f"{who.capitalize()} be havin' {n} legs") for who, n in pairs(LEGS)]
+    rows += [
+        (f"How many legs does {who} have?", f"{who.capitalize()} be havin' {n} legs")
+        for who, n in pairs(LEGS)
+    ]
     rows += [(f"What is the opposite of {a}?", f"The opposite o' {a} be {b}") for a, b in pairs(OPPOSITES)]
-    rows += [(f"What is {a} plus {b}?", f"{a} and {b} be makin' {a + b}") for a in range(2, 8) for b in (1, 3, 5)]
+    rows += [
+        (f"What is {a} plus {b}?", f"{a} and {b} be makin' {a + b}") for a in range(2, 8) for b in (1, 3, 5)
+    ]
     return rows
 
 
@@ -45,7 +50,12 @@ def main() -> None:
     """Writes both files."""
     dice = random.Random(7)
     rows = [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{dice.choice(CRIES)} {a}, me hearty!"}]}
+        {
+            "messages": [
+                {"role": "user", "content": q},
+                {"role": "assistant", "content": f"{dice.choice(CRIES)} {a}, me hearty!"},
+            ]
+        }
         for q, a in facts()
     ]
     dice.shuffle(rows)

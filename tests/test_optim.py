@@ -130,7 +130,9 @@ def test_lion_by_hand() -> None:
         decay = 0.1 if decays(tiny().specs[path]) else 0.0
         g0, g1 = grads[0][path], grads[1][path]
         p = p - RATE * (jnp.sign(0.1 * g0) + decay * p)
-        p = p - RATE * (jnp.sign(0.9 * 0.05 * g0 + 0.1 * g1) + decay * p)  # the momentum after one step is 0.05 g0
+        p = p - RATE * (
+            jnp.sign(0.9 * 0.05 * g0 + 0.1 * g1) + decay * p
+        )  # the momentum after one step is 0.05 g0
         np.testing.assert_allclose(ours[path], p, atol=1e-6, err_msg=path)
 
 
@@ -164,7 +166,9 @@ def matrices() -> dict[str, np.ndarray]:
 def test_muon_orthogonalises_each_matrix_of_each_layer() -> None:
     grads = matrices()
     assert len(grads) == 7  # q, k, v, o, gate, up, down
-    shaped = {path: jnp.asarray(g.reshape(tiny().specs[path].shape), jnp.float32) for path, g in grads.items()}
+    shaped = {
+        path: jnp.asarray(g.reshape(tiny().specs[path].shape), jnp.float32) for path, g in grads.items()
+    }
     updates = first_direction("muon", gradients(0) | shaped)
     for path, stack in grads.items():
         for update, grad in zip(np.asarray(updates[path]).reshape(stack.shape), stack, strict=True):

@@ -7,6 +7,7 @@ tokens do cross the places where turns meet. Ids are the same whatever the templ
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -102,3 +103,42 @@ def tiny_tokenizer(template: Template | None = "chatml") -> PreTrainedTokenizerF
     if template is not None:
         tokenizer.chat_template = TEMPLATES[template]
     return tokenizer
+
+
+def tiny_model(folder: Path, template: Template | None = "chatml") -> Path:
+    """Writes a Llama of some 40,000 random weights, with the tiny tokenizer, as a Hugging Face folder."""
+    import jax
+
+    from ntjax.hf.folder import save_params
+    from ntjax.hf.tokenizer import save_generation_config, save_tokenizer
+    from ntjax.models import build
+    from ntjax.params import initial
+
+    tokenizer = tiny_tokenizer(template)
+    hf = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    model = build(hf)
+    params = initial(model.specs, jax.random.key(0))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_params(folder, params, model.specs, dtype="float32", config=model.hf)
+    save_tokenizer(tokenizer, folder)
+    save_generation_config(folder, None, tokenizer)
+    return folder
+
+
+if __name__ == "__main__":  # python -m tests.tiny FOLDER
+    import sys
+
+    tiny_model(Path(sys.argv[1]))

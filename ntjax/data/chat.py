@@ -12,10 +12,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ntjax.data.files import Row
 from ntjax.errors import BadData, InputMissing, UserCodeError
+
+if TYPE_CHECKING:
+    from ntjax.config import DatasetConfig
 
 Message = dict[str, Any]
 Canonical = dict[str, Any]
@@ -28,16 +31,7 @@ INSTRUCTION = ("instruction", "output")
 CARRIED = (("tools", list), ("chat_template_kwargs", dict))
 
 
-class Fields(Protocol):
-    """The names of columns in a `[datasets.NAME]` table; None is the usual name."""
-
-    text_field: str | None
-    messages_field: str | None
-    prompt_field: str | None
-    response_field: str | None
-
-
-def layout(row: Mapping[str, Any], fields: Fields) -> Layout:
+def layout(row: Mapping[str, Any], fields: DatasetConfig) -> Layout:
     """How a row is read ("messages", "prompt", "instruction", "text") and from which columns, or ("", ()).
 
     A column that the config calls by a name of its own must be there: usual names are no substitute for it.
@@ -58,7 +52,7 @@ def layout(row: Mapping[str, Any], fields: Fields) -> Layout:
     return next((one for one in wanted if all(column in row for column in one[1])), ("", ()))
 
 
-def check_layout(row: Mapping[str, Any], fields: Fields, where: str) -> None:
+def check_layout(row: Mapping[str, Any], fields: DatasetConfig, where: str) -> None:
     """Raises InputMissing, with the columns there are, when the first row can't be read as anything."""
     if layout(row, fields)[0]:
         return
@@ -75,7 +69,7 @@ def check_layout(row: Mapping[str, Any], fields: Fields, where: str) -> None:
     )
 
 
-def canonical(row: Mapping[str, Any], fields: Fields, where: str, *, chat: bool) -> Canonical:
+def canonical(row: Mapping[str, Any], fields: DatasetConfig, where: str, *, chat: bool) -> Canonical:
     """One of the three shapes above; raises BadData at `where` for a row that is none of them.
 
     Roles must be known and in order: one system turn at most, first; then user and assistant in turn, tool

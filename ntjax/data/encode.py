@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ntjax.data.batch import Example
-from ntjax.data.chat import Canonical, Fields, canonical, check_layout, formatted
+from ntjax.data.chat import Canonical, canonical, check_layout, formatted
 from ntjax.data.encoded import Encoded, encode_rows
 from ntjax.data.files import Row, Rows
 from ntjax.data.spans import Tokenizer, marks_assistant, rendered, spans, token_mask
 from ntjax.errors import BadData, ConfigError
+
+if TYPE_CHECKING:
+    from ntjax.config import DatasetConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class SftEncoder:
     """row, place -> examples: one, or as many as `formatting_func` makes of the row."""
 
     tokenizer: Tokenizer
-    fields: Fields
+    fields: DatasetConfig
     max_length: int
     whole_pairs: bool = False  # learn prompts as well as completions
     whole_messages: bool = False  # learn every turn of messages

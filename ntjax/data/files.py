@@ -5,30 +5,19 @@ from __future__ import annotations
 import csv
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ntjax.errors import BadData, ConfigError, InputMissing
+
+if TYPE_CHECKING:
+    from ntjax.config import DatasetConfig
 
 Row = dict[str, Any]
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
-
-
-class Source(Protocol):
-    """What is read here of a `[datasets.NAME]` table."""
-
-    dataset_name: str | None
-    dataset_path: str | None
-    dataset_split: str | None
-    text_field: str | None
-    num_samples: int | None
-    streaming: bool
-    dataset_kwargs: Mapping[str, Any] | None
-    txt_delimiter: str | None
-    txt_field_names: Sequence[str] | None
 
 
 class Rows(Sequence[Row]):
@@ -84,7 +73,7 @@ class Table(Rows):
         return f"{self.name} row {index + 1}" if self.lines is None else f"{self.name}:{self.lines[index]}"
 
 
-def open_file(path: Path, root: Path, dataset: Source) -> Rows:
+def open_file(path: Path, root: Path, dataset: DatasetConfig) -> Rows:
     """The rows of one file, named in messages by its path below `root`."""
     name, kind = path.relative_to(root).as_posix(), path.suffix.lower()
     if kind not in KINDS:
@@ -162,7 +151,7 @@ def _separated(path: Path, name: str, delimiter: str) -> Table:
     return _named(name, records, None)
 
 
-def _text(path: Path, name: str, dataset: Source) -> Table:
+def _text(path: Path, name: str, dataset: DatasetConfig) -> Table:
     """Lines of text; with `txt_delimiter`, fields of lines; with a delimiter that has a newline, documents.
 
     Fields are named by `txt_field_names`, or by the first line. Nothing is quoted or escaped.

@@ -9,14 +9,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntjax.data.files import KINDS, Row, Rows, Source, Table, open_file
+from ntjax.data.files import KINDS, Row, Rows, Table, open_file
 from ntjax.errors import BadData, ConfigError, InputMissing, Refused
 
-__all__ = ["Row", "Rows", "Source", "held_out", "open_rows"]
+if TYPE_CHECKING:
+    from ntjax.config import DatasetConfig
+
+__all__ = ["Row", "Rows", "held_out", "open_rows"]
 
 # The words by which `datasets` tells the splits of a folder.
 SPLIT_WORDS = {
@@ -83,7 +86,7 @@ def held_out(rows: Rows, ratio: float, seed: int) -> tuple[Rows, Rows]:
     return Picked(rows, sorted(order[count:].tolist())), Picked(rows, sorted(order[:count].tolist()))
 
 
-def open_rows(dataset: Source, folders: Sequence[Path], split: str | None = None) -> Rows:
+def open_rows(dataset: DatasetConfig, folders: Sequence[Path], split: str | None = None) -> Rows:
     """The rows of a `[datasets.NAME]` table, in file order, the first `num_samples` of them.
 
     A relative `dataset_path` is looked for in each of `folders` in turn. `split` overrides `dataset_split`,
@@ -97,7 +100,7 @@ def open_rows(dataset: Source, folders: Sequence[Path], split: str | None = None
     return rows
 
 
-def _local_rows(dataset: Source, folders: Sequence[Path], split: str | None) -> Rows:
+def _local_rows(dataset: DatasetConfig, folders: Sequence[Path], split: str | None) -> Rows:
     path = _existing(Path(str(dataset.dataset_path)).expanduser(), folders)
     if dataset.dataset_kwargs:
         raise ConfigError(
@@ -190,7 +193,7 @@ def _split_of(path: Path) -> str:
     return "train"
 
 
-def _hub_rows(dataset: Source, split: str | None) -> Rows:
+def _hub_rows(dataset: DatasetConfig, split: str | None) -> Rows:
     """Rows of a hub data set; with `streaming` only what is asked for is fetched, and not cached."""
     import datasets
 

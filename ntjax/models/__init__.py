@@ -19,16 +19,20 @@ def families() -> list[str]:
 
 
 def build(hf: dict[str, Any], *, dtype: str = "float32", remat: bool = False) -> Model:
-    """The model that a config.json describes, computing in `dtype`, with each block's activations formed again in
-    the backward pass if `remat`."""
+    """The model that a config.json describes, computing in `dtype`; with `remat`, the backward pass forms each
+    block's activations again."""
     from transformers import AutoConfig
 
     name = hf.get("model_type")
     if name not in families():
-        raise ConfigError(f"model_type {name!r} isn't there yet", fix=f"use a model of the families {families()}")
+        raise ConfigError(
+            f"model_type {name!r} isn't there yet", fix=f"use a model of the families {families()}"
+        )
     family = importlib.import_module(f"ntjax.models.{name}")
     full = AutoConfig.for_model(**hf)
     if getattr(full, "attention_dropout", 0.0):
-        raise ConfigError(f"attention_dropout = {full.attention_dropout} isn't there", fix="set it to 0 in config.json")
+        raise ConfigError(
+            f"attention_dropout = {full.attention_dropout} isn't there", fix="set it to 0 in config.json"
+        )
     config = replace(family.config_from_hf(full), dtype=dtype, remat=remat)
     return Model.of(family.decoder(config), hf)

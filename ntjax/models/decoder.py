@@ -52,7 +52,7 @@ class DecoderConfig:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the tokens so far. All rows write slot `filled` next; short prompts are padded on the left."""
+    """Keys and values of the tokens so far. All rows write slot `filled` next: prompts are padded on the left."""
 
     k: jax.Array  # [layers, B, S, K, h]
     v: jax.Array  # [layers, B, S, K, h]
@@ -63,7 +63,9 @@ class Cache:
 class Block(Protocol):
     """One layer: x [B, T, D] -> x, and what it wrote to its slice of the cache."""
 
-    def __call__(self, x: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]: ...
+    def __call__(
+        self, x: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, Any]: ...
 
 
 class Context(struct.PyTreeNode):
@@ -93,7 +95,9 @@ class Decoder(nnx.Module):
         keys = tokens
         if cache is not None:
             slot = cache.filled
-            keys = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot)), cache.tokens, tokens)
+            keys = jax.tree.map(
+                lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot)), cache.tokens, tokens
+            )
         context = Context(rotations(config.rope, tokens), visible(tokens, keys, config.window), slot)
         graph, layers = nnx.split(self.blocks)
 
@@ -103,7 +107,8 @@ class Decoder(nnx.Module):
         body = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
         x, written = jax.lax.scan(body, x, (layers, None if cache is None else (cache.k, cache.v)))
         if cache is not None:
-            cache = Cache(*written, tokens=keys, filled=cache.filled + ids.shape[1])
+            k, v = written
+            cache = Cache(k, v, keys, cache.filled + ids.shape[1])
         return rms_norm(x, self.norm.get_value(), config.eps), cache
 
 
@@ -123,7 +128,9 @@ class Model:
     def of(cls, decoder: Decoder, hf: dict[str, Any]) -> Model:
         """The model that `decoder` declares."""
         graph, state = nnx.split(decoder)
-        specs = {".".join(map(str, path)): param.get_metadata()["spec"] for path, param in nnx.to_flat_state(state)}
+        specs = {
+            ".".join(map(str, path)): param.get_metadata()["spec"] for path, param in nnx.to_flat_state(state)
+        }
         return cls(decoder.config, graph, specs, hf)
 
     def bind(self, params: Params) -> Decoder:
@@ -150,5 +157,8 @@ class Model:
         shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
         empty = jnp.zeros((batch, slots), jnp.int32)
         return Cache(
-            jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), Tokens(empty, empty), jnp.zeros((), jnp.int32)
+            jnp.zeros(shape, config.dtype),
+            jnp.zeros(shape, config.dtype),
+            Tokens(empty, empty),
+            jnp.zeros((), jnp.int32),
         )

@@ -47,6 +47,7 @@ class Attention(nnx.Module):
         k = rotate(biased(einsum("BTD,KhD->BTKh", x, self.k.get_value()), self.k_bias), context.rotation)
         v = biased(einsum("BTD,KhD->BTKh", x, self.v.get_value()), self.v_bias)
         if cache is not None:
+            assert context.slot is not None
             k, v = (
                 jax.lax.dynamic_update_slice(old, new, (0, context.slot, 0, 0))
                 for old, new in zip(cache, (k, v), strict=True)

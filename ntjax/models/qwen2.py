@@ -15,7 +15,9 @@ decoder = llama.decoder
 def config_from_hf(hf: Any) -> DecoderConfig:
     """From a transformers `Qwen2Config`."""
     if len(set(hf.layer_types)) > 1:
-        raise ConfigError("config.json mixes windowed and full attention layers", fix="set use_sliding_window to false")
+        raise ConfigError(
+            "config.json mixes windowed and full attention layers", fix="set use_sliding_window to false"
+        )
     hf.head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     hf.attention_bias = hf.mlp_bias = False
     return replace(llama.config_from_hf(hf), qkv_bias=True, window=hf.sliding_window)

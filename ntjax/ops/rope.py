@@ -35,7 +35,9 @@ def rope_from_hf(parameters: Mapping[str, float], head_dim: int, max_positions: 
     """The `rope_parameters` of a transformers config, which names the scaling `rope_type`."""
     kind = parameters["rope_type"]
     if kind not in SCALINGS or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"rope_parameters {dict(parameters)} can't be run", fix=f"rope_type is one of {SCALINGS}")
+        raise ConfigError(
+            f"rope_parameters {dict(parameters)} can't be run", fix=f"rope_type is one of {SCALINGS}"
+        )
     base = parameters["rope_theta"]
     freq = 1.0 / np.float32(base) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if kind == "linear":
@@ -45,7 +47,9 @@ def rope_from_hf(parameters: Mapping[str, float], head_dim: int, max_positions: 
     if kind == "llama3":
         return Rope(_floats(_llama3(freq, parameters)))
     if kind == "yarn":
-        return Rope(_floats(_yarn(freq, parameters, head_dim, max_positions)), _yarn_scale(parameters, max_positions))
+        return Rope(
+            _floats(_yarn(freq, parameters, head_dim, max_positions)), _yarn_scale(parameters, max_positions)
+        )
     return Rope(_floats(freq))
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import Table, setting
+
+if TYPE_CHECKING:
+    from ntjax.config import DatasetConfig
+    from ntjax.data.encoded import Encoded
+    from ntjax.data.files import Rows
+    from ntjax.models import Model
+    from ntjax.step import Loss
 
 # Schedule -> the names that lr_scheduler_kwargs may hold for it.
 SCHEDULES = {
@@ -175,7 +182,7 @@ class StageConfig(Table):
     save_steps: int = setting(500, at_least=1)
     save_total_limit: int | None = setting(None, at_least=1)
     load_best_model_at_end: bool = setting(False)
-    metric_for_best_model: str = setting("loss")
+    metric_for_best_model: str | None = setting(None)
     greater_is_better: bool | None = setting(None)
 
     merged = "stage_kwargs"
@@ -190,6 +197,31 @@ class StageConfig(Table):
         "enable_jit_checkpoint": True,  # a stop signal saves
         "do_train": True,
     }
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the longest row a batch may have."""
+        raise NotImplementedError
+
+    @property
+    def packs(self) -> bool:
+        """Whether several examples share a row."""
+        return False
+
+    def encode(
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        dataset: DatasetConfig,
+        formatting_func: Callable[..., Any] | None,
+        vocab: int,
+    ) -> Encoded:
+        """Every row as tokens, and which of them are learned; `vocab` is the number the model has. On the host."""
+        raise NotImplementedError
+
+    def loss(self, model: Model) -> Loss:
+        """(params, batch) -> metrics, pure; `losses.py` has what they are made of."""
+        raise NotImplementedError
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.bf16 and self.fp16:

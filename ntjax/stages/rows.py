@@ -22,7 +22,8 @@ def stage_rows(config: Config, dataset: DatasetConfig, seed: int) -> tuple[Rows,
         evaluation = open_rows(replace(dataset, num_samples=None), folders, dataset.eval_split)
     elif dataset.eval_dataset_path is not None:
         evaluation = open_rows(
-            replace(dataset, dataset_path=dataset.eval_dataset_path, dataset_name=None, num_samples=None), folders
+            replace(dataset, dataset_path=dataset.eval_dataset_path, dataset_name=None, num_samples=None),
+            folders,
         )
     else:
         return rows, None

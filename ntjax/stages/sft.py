@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting
 from ntjax.stages.base import StageConfig
+
+if TYPE_CHECKING:
+    from ntjax.config import DatasetConfig
+    from ntjax.data.encoded import Encoded
+    from ntjax.data.files import Rows
+    from ntjax.models import Model
+    from ntjax.step import Loss
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,21 @@ class Options(StageConfig):
     eos_token: str | None = setting(None, later="a choice of the end-of-text token")
     pad_token: str | None = setting(None, later="a choice of the padding token")
 
+    @property
+    def row_length(self) -> int:
+        return self.max_length
+
+    @property
+    def packs(self) -> bool:
+        return self.packing
+
     def encode(
-        self, rows: Rows, tokenizer: Any, dataset: DatasetConfig, formatting_func: Callable[..., Any] | None, vocab: int
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        dataset: DatasetConfig,
+        formatting_func: Callable[..., Any] | None,
+        vocab: int,
     ) -> Encoded:
         """Tokens of every row, learned where an assistant speaks."""
         from ntjax.data.encode import SftEncoder, encode_sft_rows
@@ -52,7 +74,13 @@ class Options(StageConfig):
             whole_messages=dataset.train_on_prompt or not self.assistant_only_loss,
             formatting_func=formatting_func,
         )
-        return encode_sft_rows(rows, encoder, max_bad_rows=dataset.max_bad_rows, vocab_size=vocab, workers=dataset.preprocessing_num_workers)
+        return encode_sft_rows(
+            rows,
+            encoder,
+            max_bad_rows=dataset.max_bad_rows,
+            vocab_size=vocab,
+            workers=dataset.preprocessing_num_workers,
+        )
 
     def loss(self, model: Model) -> Loss:
         """Negative log-likelihood of the learned tokens, each predicted from those before it."""

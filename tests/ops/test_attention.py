@@ -36,7 +36,9 @@ def test_a_window_counts_the_token_itself() -> None:
 
 
 def test_slots_of_a_cache_that_are_not_written_are_not_seen() -> None:
-    keys = Tokens(jnp.asarray([[0, 0, 1, 2, 0, 0]]), jnp.asarray([[0, 1, 1, 1, 0, 0]]))  # one pad, three tokens
+    keys = Tokens(
+        jnp.asarray([[0, 0, 1, 2, 0, 0]]), jnp.asarray([[0, 1, 1, 1, 0, 0]])
+    )  # one pad, three tokens
     query = Tokens(jnp.asarray([[2]]), jnp.asarray([[1]]))
     assert visible(query, keys, None)[0].astype(int).tolist() == [[0, 1, 1, 1, 0, 0]]
 

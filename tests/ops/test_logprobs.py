@@ -42,7 +42,9 @@ def test_scores_are_torchs() -> None:
     ours = token_logprobs(*map(jnp.asarray, (hidden, head, targets)))
     reference = torch.log_softmax(logits, -1).gather(-1, index[..., None])[..., 0]
     np.testing.assert_allclose(ours.logp, reference.numpy(), atol=1e-6)
-    np.testing.assert_allclose(ours.entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-6)
+    np.testing.assert_allclose(
+        ours.entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-6
+    )
     np.testing.assert_array_equal(ours.correct, (logits.argmax(-1) == index).numpy())
     assert 0 < int(ours.correct.sum()) < ours.correct.size
 
@@ -80,7 +82,9 @@ def test_bf16_logits_are_normalised_in_fp32() -> None:
     hidden, head, targets = map(jnp.asarray, arrays())
     scores = token_logprobs(hidden.astype(jnp.bfloat16), head, targets)
     assert scores.logp.dtype == scores.entropy.dtype == jnp.float32
-    logits = jnp.einsum("btd,vd->btv", hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)).astype(jnp.float32)
+    logits = jnp.einsum("btd,vd->btv", hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)).astype(
+        jnp.float32
+    )
     expected = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(scores.logp, expected, atol=1e-6)
 
