@@ -38,8 +38,6 @@ def load(folder: Path, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from ntjax.digest import digests
-
     wanted = _leaves(abstract)
 
     def read() -> tuple[dict[str, Any], dict[str, jax.Array]]:
@@ -49,14 +47,43 @@ def load(folder: Path, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         return record, _read_arrays(checkpoint_folder(folder, step) / "state", nonempty)
 
     record, stored = _agreed(read)
-    for name, digest in digests(stored).items():
-        if list(digest) != record["leaves"][name][2:]:
-            raise DamageError(f"{name} is not what was written: its digest differs")
+    _check_digests(stored, record)
     arrays = [
         _unstored(stored[name], x) if name in stored else jnp.zeros(x.shape, x.dtype, device=x.sharding)
         for name, x in wanted.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays), record["meta"]
+
+
+def load_part(folder: Path, step: int, prefix: str) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The leaves below `prefix` ("params/"), by what follows it, on one device, and meta.
+
+    Raises `CheckpointError` where the checkpoint is damaged.
+    """
+    import jax
+
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    path = checkpoint_folder(folder, step)
+    try:
+        record = read_record(folder, step)
+        wanted = {
+            name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=place)
+            for name, (dtype, shape, *_) in record["leaves"].items()
+            if name.startswith(prefix)
+        }
+        stored = _read_arrays(path / "state", wanted)
+        _check_digests(stored, record)
+    except DamageError as error:
+        raise CheckpointError(str(error), where=str(path), fix="use another checkpoint") from error
+    return {name.removeprefix(prefix): stored[name] for name in wanted}, record["meta"]
+
+
+def _check_digests(stored: dict[str, jax.Array], record: Mapping[str, Any]) -> None:
+    from ntjax.digest import digests
+
+    for name, digest in digests(stored).items():
+        if list(digest) != record["leaves"][name][2:]:
+            raise DamageError(f"{name} is not what was written: its digest differs")
 
 
 def first_line(error: Exception) -> str:
@@ -111,7 +138,7 @@ def _check_leaves(wanted: Mapping[str, Any], saved: Mapping[str, list[Any]], whe
 
 
 def _read_arrays(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The stored arrays with the shardings of `wanted`.
+    """The stored arrays that `wanted` names, with its shardings.
 
     The handler is called without orbax's `Checkpointer`: its barriers would hold the hosts that didn't fail.
     """
@@ -126,9 +153,12 @@ def _read_arrays(path: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict
     }
     with _orbax_quiet():
         try:
-            return ocp.StandardCheckpointHandler().restore(
-                epath.Path(path), args=ocp.args.StandardRestore(target)
+            args = ocp.args.PyTreeRestore(
+                item=target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True,
             )
+            return ocp.PyTreeCheckpointHandler().restore(epath.Path(path), args=args)
         except Exception as error:  # whatever the storage layer makes of damaged bytes
             reason = first_line(error)
         gc.collect()
