@@ -268,7 +268,7 @@ class Loop:
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """One line of metrics.jsonl."""
-        self.last_record = {"step": step, "epoch": step / self.plan.steps_per_epoch, **record}
+        self.last_record = {"step": step, "epoch": self.plan.epoch(step), **record}
         self.log.write(self.last_record)
         log.debug("%s %s", self.stage.stage_name, self.last_record)
         self.progress.update(step, self.last_record)

@@ -69,6 +69,11 @@ class Plan:
         """Optimizer steps in all."""
         return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * self.steps_per_epoch)
 
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps, counted in microbatches, as transformers' Trainer counts them."""
+        whole, steps = divmod(step, self.steps_per_epoch)
+        return whole + steps * self.accumulation / math.ceil(len(self.packs) / self.rows_per_microbatch)
+
     def slots(self, step: int) -> list[list[list[int]]]:
         """Row indices [accumulation][rows_per_microbatch][documents] of a step."""
         epoch, within = divmod(step, self.steps_per_epoch)

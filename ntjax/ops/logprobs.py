@@ -5,7 +5,8 @@ Axes: B batch, T time, D embed, V vocab.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,33 +24,74 @@ class TokenLogprobs(NamedTuple):
     correct: jax.Array  # [B, T] bool
 
 
+@jax.custom_vjp
 def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> TokenLogprobs:
     """log p(targets | hidden): hidden [B, T, D], head [V, D], targets [B, T] int32.
 
-    Runs over chunks of time; the backward pass forms each chunk's logits again.
+    Logits exist for a chunk of time at once, and again in the backward pass, which keeps only each position's log of
+    the sum of exponentials. The gradient of the chosen logit is taken by comparison: a gather's would be a scatter.
     """
-    batch, time, _ = hidden.shape
-    size = max(1, min(time, CHUNK_BYTES // (4 * batch * head.shape[0])))
-    chunks = -(-time // size)
-    if chunks == 1:
-        return _scores(hidden, head, targets)
+    return _forward(hidden, head, targets)[0]
 
-    def by_chunk(x: jax.Array) -> jax.Array:
+
+def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[TokenLogprobs, tuple]:
+    def chunk(carry: None, part: tuple) -> tuple[None, tuple]:
+        h, t = part
+        logits = _logits(h, head).astype(jnp.float32)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        exps = jnp.exp(logits - top)
+        total = jnp.sum(exps, axis=-1)
+        log_z = top[..., 0] + jnp.log(total)
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        chosen = jnp.sum(jnp.where(ids == t[..., None], logits, 0), axis=-1)
+        # The first of the largest, as argmax, which XLA on CPU doesn't vectorise.
+        mode = jnp.min(jnp.where(logits == top, ids, logits.shape[-1]), axis=-1)
+        entropy = log_z - jnp.sum(exps * logits, axis=-1) / total
+        return None, (TokenLogprobs(chosen - log_z, entropy, mode == t), log_z)
+
+    scores, log_z = _over_chunks(chunk, None, (hidden, targets), head)[1]
+    return scores, (hidden, head, targets, log_z)
+
+
+def _backward(kept: tuple, grads: TokenLogprobs) -> tuple[jax.Array, jax.Array, None]:
+    hidden, head, targets, log_z = kept
+
+    def chunk(d_head: Any, part: tuple) -> tuple[Any, jax.Array]:
+        h, t, z, g = part
+        logits, pull = jax.vjp(_logits, h, head)
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        probs = jnp.exp(logits.astype(jnp.float32) - z[..., None])
+        d_logits = g[..., None] * ((ids == t[..., None]) - probs)
+        d_hidden, d_part = pull(d_logits.astype(logits.dtype))
+        return jax.tree.map(jnp.add, d_head, d_part), d_hidden
+
+    zeros = jax.tree.map(jnp.zeros_like, head)
+    d_head, d_hidden = _over_chunks(chunk, zeros, (hidden, targets, log_z, grads.logp), head)
+    return d_hidden, d_head, None
+
+
+token_logprobs.defvjp(_forward, _backward)
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    return einsum("BTD,VD->BTV", hidden, head)
+
+
+def _over_chunks(body: Callable, carry: Any, arrays: tuple, head: jax.Array) -> tuple[Any, Any]:
+    """`lax.scan` of `body` over pieces of time of `arrays`, each [B, T, ...], whose logits fit CHUNK_BYTES."""
+    batch, time = arrays[0].shape[:2]
+    largest = max(1, CHUNK_BYTES // (4 * batch * head.shape[0]))
+    chunks = -(-time // largest)
+    size = -(-time // chunks)
+    if chunks == 1:
+        return body(carry, arrays)
+
+    def split(x: jax.Array) -> jax.Array:
         pad = [(0, 0), (0, chunks * size - time), *[(0, 0)] * (x.ndim - 2)]
         return jnp.pad(x, pad).reshape(batch, chunks, size, *x.shape[2:]).swapaxes(0, 1)
 
-    _, scores = jax.lax.scan(
-        jax.checkpoint(lambda carry, chunk: (carry, _scores(chunk[0], head, chunk[1])), prevent_cse=False),
-        None,
-        (by_chunk(hidden), by_chunk(targets)),
-    )
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :time], scores)
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(batch, chunks * size, *x.shape[3:])[:, :time]
 
-
-def _scores(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> TokenLogprobs:
-    logits = einsum("BTD,VD->BTV", hidden, head).astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    fixed = jax.lax.stop_gradient(logits - log_z[..., None])
-    entropy = -jnp.sum(jnp.exp(fixed) * fixed, axis=-1)
-    return TokenLogprobs(chosen - log_z, entropy, jnp.argmax(fixed, axis=-1) == targets)
+    carry, parts = jax.lax.scan(body, carry, jax.tree.map(split, arrays))
+    return carry, jax.tree.map(join, parts)

@@ -1,0 +1,103 @@
+"""A folder with a tiny model and data, and runs of commands in it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli import process
+from tests.cli.process import Result, Running
+from tests.tiny import tiny_model
+
+ONE_DEVICE = {"XLA_FLAGS": ""}
+WORDS = "sea sky blue wide Paris France capital one two three".split()
+CONFIG = """\
+task_name = "{task}"
+base_output_dir = "out"
+use_tensorboard = false
+
+[model]
+model_name_or_path = "model"
+
+[datasets.sft]
+dataset_path = "pairs.jsonl"
+max_length = 64
+{dataset}
+[[stages]]
+stage_type = "sft"
+max_steps = 24
+learning_rate = 1e-3
+warmup_steps = 2
+logging_steps = 3
+save_steps = 4
+{stage}
+"""
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working folder: model/, pairs.jsonl (40 rows), and what the tests write."""
+    folder = tmp_path_factory.mktemp("cli")
+    # Read by jax when it is imported: set before the server of `process` starts, so for every command.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    tiny_model(folder / "model")
+    rows = [
+        {"prompt": f"What is {WORDS[i % 10]} {i}?", "completion": f"It is {WORDS[3 * i % 10]}."}
+        for i in range(40)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def begin(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Running]:
+    """begin("train", "--config", ...): a command that is running, on one device unless `env` says otherwise."""
+    prints, numbers = tmp_path_factory.mktemp("prints"), itertools.count()
+
+    def begin(*args: object, env: dict[str, str] = ONE_DEVICE) -> Running:
+        return process.start(place, tuple(map(str, args)), env, prints / str(next(numbers)))
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def ntjax(begin: Callable[..., Running]) -> Callable[..., Result]:
+    """ntjax("train", "--config", ...): how the command ended."""
+
+    def ntjax(*args: object, env: dict[str, str] = ONE_DEVICE) -> Result:
+        return begin(*args, env=env).wait()
+
+    return ntjax
+
+
+@pytest.fixture(scope="session")
+def config(place: Path) -> Callable[..., Path]:
+    """config("name", stage="bf16 = true"): a config file of that task name, in TOML."""
+
+    def config(task: str, stage: str = "", dataset: str = "") -> Path:
+        path = place / f"{task}.toml"
+        path.write_text(CONFIG.format(task=task, stage=stage, dataset=dataset))
+        return path
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def latest(place: Path) -> Callable[[str], Path]:
+    """latest("name"): the folder of the task's last run."""
+    return lambda task: (place / "out" / task / "latest").resolve()
+
+
+@pytest.fixture(scope="session")
+def whole(ntjax: Callable[..., Result], config: Callable[..., Path], latest: Callable[[str], Path]) -> Path:
+    """The folder of a run that nothing disturbed: 24 steps, logged every 3, saved every 4."""
+    ended = ntjax("train", "--config", config("whole"))
+    assert ended.code == 0, ended.err
+    return latest("whole")
