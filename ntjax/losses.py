@@ -6,6 +6,7 @@ weight once all microbatches are summed, so accumulation is exact under any mask
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +16,7 @@ from ntjax.ops.logprobs import TokenLogprobs
 
 def nll(scores: TokenLogprobs, mask: jax.Array) -> Metrics:
     """Mean negative log-likelihood (nats) of the tokens where `mask` [B, T] is true, with TRL's SFT metrics."""
+    chex.assert_equal_shape([scores.logp, mask])
     learned = mask.astype(jnp.float32)
     count = learned.sum()
     return {

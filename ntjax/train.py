@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from ntjax import errors
@@ -37,6 +38,8 @@ def main(argv: Sequence[str]) -> None:
     from ntjax.config import load_config
 
     config = load_config(args.config, overrides)
+    if config.model.device != "auto":
+        os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(config.model.device, config.model.device)
 
     from ntjax.pipeline import run
 
