@@ -42,6 +42,13 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
+    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        raise ConfigError(
+            f"can't draw {args.max_new_tokens} tokens at temperature {args.temperature}, top-k {args.top_k}, "
+            f"top-p {args.top_p}",
+            where="command line",
+            fix="at least one token; temperature and top-k from 0; top-p above 0, at most 1",
+        )
     if args.adapter:
         raise ConfigError(
             "adapters aren't there yet", where="--adapter", fix="merge it and name the merged folder"
@@ -114,7 +121,10 @@ class Sampler:
     def _tokens(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             if self.args.raw or self.tokenizer.chat_template is None:
-                return self.tokenizer(prompt)["input_ids"]
+                ids = self.tokenizer(prompt)["input_ids"]
+                if not ids:
+                    raise BadData("an empty prompt has no token to go on from", fix="give at least one character")
+                return ids
             prompt = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
 

@@ -177,13 +177,20 @@ class MetricsLog:
             self._wandb.log({**tags(record), "train/global_step": record["step"]})
 
 
-def _start_wandb(settings: WandbSettings, folder: Path) -> Any:
-    """A run on W&B, or None with a warning if it can't be reached."""
+def require_wandb(where: str | None = None) -> None:
+    """Raises `ConfigError` at the setting's place `where` unless wandb is installed."""
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError as error:
         fix = 'pip install "ntjax[wandb]"'
-        raise ConfigError("use_wandb is true, but wandb is not installed", fix=fix) from error
+        raise ConfigError("use_wandb is true, but wandb is not installed", where=where, fix=fix) from error
+
+
+def _start_wandb(settings: WandbSettings, folder: Path) -> Any:
+    """A run on W&B, or None with a warning if it can't be reached."""
+    require_wandb()
+    import wandb
+
     try:
         run = wandb.init(
             project=settings.project,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ntjax.config import Config, refuse_unbuilt, to_toml
 from ntjax.errors import ConfigError
-from ntjax.runs import Resume, find_resume, is_done, new_run, unmark
+from ntjax.metrics import require_wandb
+from ntjax.runs import Resume, find_resume, is_done, new_run, refuse_used, unmark
 from ntjax.stages.base import StageConfig
 
 log = logging.getLogger("ntjax")
@@ -23,8 +24,13 @@ def run(
     With `resume` (see `runs.find_resume`) finished stages are skipped and the one that was broken off goes on.
     """
     refuse_unbuilt(config)
+    if config.use_wandb:
+        require_wandb(config.where("use_wandb"))
     chosen = _chosen(config, stages)
     where = find_resume(config, resume) if resume else None
+    if not where:
+        for stage in chosen:
+            refuse_used(stage, config.where(f"stages.{config.stages.index(stage)}.output_dir"))
     folder = where.run if where else new_run(config)
     _log_to(folder / "train.log")
     for warning in config.warnings:

@@ -16,6 +16,8 @@ from typing import Any
 from ntjax.checkpoint import saved_steps
 from ntjax.config import Config
 from ntjax.errors import ConfigError, InputMissing
+from ntjax.metrics import LOG_NAME
+from ntjax.stages.base import StageConfig
 
 DONE = "stage.json"  # written last, so its presence says that the stage's folder is whole
 
@@ -38,11 +40,29 @@ def new_run(config: Config) -> Path:
         if not run.exists():
             break
         run = task / f"{stamp}_{attempt}"
-    run.mkdir(parents=True)
-    link = task / f".latest.{os.getpid()}"
-    link.symlink_to(run.name)
-    link.replace(task / "latest")
+    try:
+        run.mkdir(parents=True)
+        link = task / f".latest.{os.getpid()}"
+        link.symlink_to(run.name)
+        link.replace(task / "latest")
+    except OSError as error:
+        raise ConfigError(
+            f"base_output_dir = {config.base_output_dir}: the run's folder can't be made: {error}",
+            where=config.where("base_output_dir"),
+            fix="name a folder that can be written, here or with --output-dir",
+        ) from error
     return run
+
+
+def refuse_used(stage: StageConfig, where: str) -> None:
+    """A new run's stage doesn't write into what another left in its `output_dir`: `ConfigError` at `where`."""
+    folder = Path(stage.output_dir) if stage.output_dir else None
+    if folder and (saved_steps(folder) or is_done(folder) or (folder / LOG_NAME).exists()):
+        raise ConfigError(
+            f"output_dir = {folder}: another run of a stage is in there",
+            where=where,
+            fix="go on with that run by --resume, or name another folder",
+        )
 
 
 def find_resume(config: Config, wanted: str) -> Resume | None:
@@ -60,6 +80,11 @@ def find_resume(config: Config, wanted: str) -> Resume | None:
         step = int(checkpoint[1])
         if step not in saved_steps(folder.parent):
             raise InputMissing(f"{wanted} isn't a whole checkpoint", fix=_offer(folder.parent))
+        if folder.parent.name not in {stage.stage_name for stage in config.stages}:
+            raise InputMissing(
+                f"{wanted}: no stage of this config is called {folder.parent.name!r}",
+                fix="resume with the config it was made by",
+            )
         return Resume(folder.parent.parent, folder.parent.name, step)
     if folder.name in {stage.stage_name for stage in config.stages}:
         return Resume(folder.parent, folder.name)

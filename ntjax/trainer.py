@@ -26,7 +26,7 @@ from ntjax.hf.files import read_config
 from ntjax.hf.folder import load_params, save_params
 from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id, save_generation_config, save_tokenizer
 from ntjax.mesh import make_mesh, place_batch, replicated
-from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish
+from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics
 from ntjax.models import Model, build
 from ntjax.optim import direction, schedule
 from ntjax.params import Params
@@ -159,12 +159,15 @@ def train(setup: Setup) -> None:
     place = replicated(setup.mesh)
     specs, dtype = setup.model.specs, job.config.model.param_dtype
     params = load_params(job.source, specs, dtype=dtype, sharding=lambda path: place)
-    state = initial_state(params, direction(stage, specs))
+    # All of it as the step gives it back: else the second step would be compiled anew.
+    state = jax.device_put(initial_state(params, direction(stage, specs)), place)
     checkpoints = Checkpoints(job.folder, keep=stage.save_total_limit, best=best_mode(stage))
     loop = Loop(setup, state, checkpoints)
     try:
         if job.resume and checkpoints.latest() is not None:
             loop.restore()
+        else:
+            loop.log.rewind(0)
         loop.run()
     finally:
         checkpoints.close()
@@ -216,6 +219,7 @@ class Loop:
         self.window = Window.from_state(meta["window"])
         self.last_metric, self.skipped = meta["metric"], meta["skipped"]
         self.log.rewind(self.done)
+        self.last_record = (read_metrics(job.folder) or [{}])[-1]
         self.progress = Progress(self.stage.stage_name, self.plan.steps, start=self.done)
         log.info("%s: resuming at step %d of %d", self.stage.stage_name, self.done, self.plan.steps)
 
@@ -223,6 +227,7 @@ class Loop:
         """Runs the steps that are left."""
         stage, plan, mesh = self.stage, self.plan, self.setup.mesh
         rows = _batches(self.setup.train, self.setup.tokenizer, start=self.done)
+        steps_left = self.done < plan.steps
         self.clock = time.perf_counter()
         with StopRequest() as stop, self.progress:
             for batch in rows:
@@ -232,12 +237,12 @@ class Loop:
                 self.pending = self.done, metrics
                 if self.setup.evaluation and due(stage.eval_strategy, stage.eval_steps, self.done, plan):
                     self.evaluate()
-                if due(stage.save_strategy, stage.save_steps, self.done, plan):
-                    self.save()
+                if self.done < plan.steps and due(stage.save_strategy, stage.save_steps, self.done, plan):
+                    self.save()  # the last one is saved with its evaluation, below
                 if stop.requested and self.done < plan.steps:
                     self.preempt(stop.requested.name)
             self.collect()
-            if self.setup.evaluation and stage.eval_strategy == "no":
+            if self.setup.evaluation and stage.eval_strategy == "no" and steps_left:
                 self.evaluate()
             if stage.save_strategy != "no":
                 self.save()

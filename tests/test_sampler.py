@@ -22,6 +22,7 @@ from tests.torch_reference import TINY, logits, pair, tokens
 
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16], [20]]
 GREEDY = Sampling(max_new_tokens=20, temperature=0.0)
+DRAWN = Sampling(max_new_tokens=20, temperature=0.7, top_k=5, top_p=0.9)
 NO_STOP: Sequence[int] = ()
 
 
@@ -46,7 +47,7 @@ def test_greedy_is_transformers_greedy() -> None:
         assert len(set(completion.tokens)) > 5
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(20, 0.7, top_k=5, top_p=0.9)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_reported_logprobs_are_those_of_a_full_forward_pass(sampling: Sampling) -> None:
     # Of the whole distribution at temperature 1, whatever was drawn from.
     _, model, params = tiny()
@@ -65,21 +66,19 @@ def test_reported_logprobs_are_those_of_a_full_forward_pass(sampling: Sampling) 
 
 def test_a_row_does_not_see_its_neighbours() -> None:
     _, model, params = tiny()
-    hot = Sampling(20, 1.0)
-    together = generate(model, params, PROMPTS, hot, stop_ids=NO_STOP, seed=3)
-    alone = generate(model, params, PROMPTS[:1], hot, stop_ids=NO_STOP, seed=3)[0]
-    others = generate(model, params, [PROMPTS[0], [30, 31], [40] * 9], hot, stop_ids=NO_STOP, seed=3)
+    together = generate(model, params, PROMPTS, DRAWN, stop_ids=NO_STOP, seed=3)
+    alone = generate(model, params, PROMPTS[:1], DRAWN, stop_ids=NO_STOP, seed=3)[0]
+    others = generate(model, params, [PROMPTS[0], [30, 31], [40] * 9], DRAWN, stop_ids=NO_STOP, seed=3)
     assert together[0].tokens == alone.tokens == others[0].tokens
     np.testing.assert_allclose(together[0].logprobs, alone.logprobs, atol=2e-5)
 
 
 def test_draws_follow_the_seed_and_the_row() -> None:
     _, model, params = tiny()
-    hot = Sampling(20, 1.0)
     same = [PROMPTS[0]] * 3
-    first = generate(model, params, same, hot, stop_ids=NO_STOP, seed=3)
-    assert first == generate(model, params, same, hot, stop_ids=NO_STOP, seed=3)
-    assert first != generate(model, params, same, hot, stop_ids=NO_STOP, seed=4)
+    first = generate(model, params, same, DRAWN, stop_ids=NO_STOP, seed=3)
+    assert first == generate(model, params, same, DRAWN, stop_ids=NO_STOP, seed=3)
+    assert first != generate(model, params, same, DRAWN, stop_ids=NO_STOP, seed=4)
     assert first[0].tokens != first[1].tokens
 
 
@@ -150,10 +149,11 @@ def test_what_is_drawn_from_is_transformers(name: str, monkeypatch: pytest.Monke
     temperature, top_k, top_p = WARPERS[name]
     monkeypatch.setattr(jax.random, "categorical", lambda key, logits: logits)
     ours = np.asarray(draw(jax.random.key(0), jnp.asarray(random_logits()), temperature, top_k, top_p))
-    warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+    warpers: list[Any] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    theirs = LogitsProcessorList(warpers)(None, torch.tensor(random_logits())[None])[0].numpy()
+    process: Any = LogitsProcessorList(warpers)
+    theirs = process(None, torch.tensor(random_logits())[None])[0].numpy()
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 

@@ -19,7 +19,7 @@ from ntjax.metrics import Mean, Metrics
 from ntjax.models import Model, build
 from ntjax.ops.attention import Tokens
 from ntjax.ops.logprobs import token_logprobs
-from ntjax.params import Params, initial
+from ntjax.params import Params
 from ntjax.step import Batch, Loss, TrainState, eval_step, initial_state, train_step
 
 TINY: dict[str, Any] = {
@@ -47,7 +47,7 @@ def loss_of(model: Model) -> Loss:
     return loss
 
 
-def uneven_batch(microbatches: int, rows: int = 8, time: int = 12) -> dict[str, np.ndarray]:
+def uneven_batch(microbatches: int, rows: int = 8, time: int = 12) -> dict[str, Any]:
     """The same `rows` rows in `microbatches`; row i has i^2 / 4 masked positions, so no two halves weigh the same."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 61, (rows, time), dtype=np.int32)
@@ -55,9 +55,13 @@ def uneven_batch(microbatches: int, rows: int = 8, time: int = 12) -> dict[str, 
     return {name: x.reshape(microbatches, -1, time) for name, x in {"ids": ids, "mask": mask}.items()}
 
 
-def scaled_params(model: Model) -> Params:
-    """Initial weights, matrices ten times as large: gradients that are well away from zero."""
-    return {path: 10 * p if p.ndim > 2 else p for path, p in initial(model.specs, jax.random.key(0)).items()}
+def random_params(model: Model) -> Params:
+    """N(0, 0.2) all of them: gradients that are well away from zero."""
+    rng = np.random.default_rng(1)
+    shapes = {path: spec.shape for path, spec in sorted(model.specs.items())}
+    return {
+        path: jnp.asarray(0.2 * rng.standard_normal(shape), jnp.float32) for path, shape in shapes.items()
+    }
 
 
 def recorder() -> optax.GradientTransformation:
@@ -82,7 +86,7 @@ def assert_close(a: Any, b: Any, relative: float) -> None:
 def whole() -> tuple[Model, Params, TrainState, Metrics]:
     """A model, its weights, and the recorded step over one microbatch."""
     model = build(TINY)
-    params = scaled_params(model)
+    params = random_params(model)
     step = jax.jit(train_step(loss_of(model), recorder(), constant(0.5), 0.0))
     return model, params, *step(initial_state(params, recorder()), {}, uneven_batch(1))
 
@@ -138,10 +142,10 @@ def adam_state() -> tuple[Any, TrainState, Params]:
 def test_clipping_is_torchs(limit: float) -> None:
     rng = np.random.default_rng(0)
     params = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)}
-    x = {name: rng.standard_normal((1, *p.shape)).astype(np.float32) for name, p in params.items()}
+    x = {name: jnp.asarray(rng.standard_normal((1, *p.shape)), jnp.float32) for name, p in params.items()}
     leaves = [torch.zeros(p.shape, requires_grad=True) for p in params.values()]
     for leaf, grad in zip(leaves, x.values(), strict=True):
-        leaf.grad = torch.tensor(grad[0])
+        leaf.grad = torch.tensor(np.asarray(grad[0]))
     norm = float(torch.nn.utils.clip_grad_norm_(leaves, limit))
     assert 0.25 < norm < 1e3
 
@@ -153,7 +157,8 @@ def test_clipping_is_torchs(limit: float) -> None:
     )
     assert float(metrics["grad_norm"].total) == pytest.approx(norm, rel=1e-6)
     for ours, leaf in zip(clipped.opt_state.values(), leaves, strict=True):
-        np.testing.assert_allclose(ours, leaf.grad, rtol=1e-6)
+        assert leaf.grad is not None
+        np.testing.assert_allclose(ours, leaf.grad.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
@@ -182,7 +187,7 @@ def test_a_gradient_that_is_not_finite_changes_no_bit_but_the_count(bad: float, 
 def test_frozen_weights_take_part_and_stay() -> None:
     optimizer, state, frozen = adam_state()
     after, metrics = train_step(linear, optimizer, constant(0.1), 0.0)(
-        state, frozen, {"x": np.ones((1, 2, 3))}
+        state, frozen, {"x": jnp.ones((1, 2, 3))}
     )
     assert float(metrics["loss"].total) == 2 * (1 - 2 + 3 + 6)
     assert set(after.params) == {"w"}
@@ -206,14 +211,14 @@ def test_an_empty_mask_changes_nothing_and_divides_by_nothing() -> None:
     step = train_step(
         lambda p, b: {"loss": Mean((p["w"] * 0).sum(), jnp.zeros(()))}, optimizer, constant(0.1), 1.0
     )
-    after, metrics = step(initial_state(params, optimizer), {}, {"x": np.ones((1, 1))})
+    after, metrics = step(initial_state(params, optimizer), {}, {"x": jnp.ones((1, 1))})
     np.testing.assert_array_equal(after.params["w"], [1.0])
     assert float(metrics["skipped"].total) == 0
 
 
 def batches(shapes: list[tuple[int, ...]]) -> Iterator[Batch]:
     for shape in shapes:
-        yield {"x": np.ones(shape, np.float32)}
+        yield {"x": jnp.ones(shape)}
 
 
 def test_one_compilation_a_shape_and_the_state_is_donated() -> None:
@@ -235,7 +240,9 @@ def test_eight_devices_are_one(whole: Whole) -> None:
     assert mesh.size == 8
     step = jax.jit(train_step(loss_of(model), recorder(), constant(0.5), 0.0))
     state = initial_state(jax.device_put(params, replicated(mesh)), recorder())
-    eight, summed = step(state, {}, place_batch(uneven_batch(1), mesh))
+    batch = place_batch(uneven_batch(1), mesh)
+    assert {shard.data.shape for shard in batch["ids"].addressable_shards} == {(1, 1, 12)}  # a row a device
+    eight, summed = step(state, {}, batch)
     assert len(eight.params["embed"].devices()) == 8
     assert_close(eight.opt_state, one.opt_state, 1e-6)
     assert_close(eight.params, one.params, 1e-6)
@@ -243,14 +250,14 @@ def test_eight_devices_are_one(whole: Whole) -> None:
 
 
 def test_the_program_does_not_grow_with_depth() -> None:
-    def lines(layers: int) -> int:
+    def size(layers: int) -> int:
         model = build({**TINY, "num_hidden_layers": layers})
         params = {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in model.specs.items()}
-        state = jax.eval_shape(lambda p: initial_state(p, optax.scale_by_adam()), params)
-        step = train_step(loss_of(model), optax.scale_by_adam(), constant(0.1), 1.0)
-        return len(jax.jit(step).lower(state, {}, uneven_batch(2)).compile().as_text().splitlines())
+        state = jax.eval_shape(lambda p: initial_state(p, recorder()), params)
+        step = train_step(loss_of(model), recorder(), constant(0.1), 1.0)
+        return len(jax.jit(step).lower(state, {}, uneven_batch(2)).as_text("hlo"))
 
-    assert lines(30) <= 1.3 * lines(6)
+    assert size(30) <= 1.3 * size(6)
 
 
 def products(jaxpr: Any) -> Iterator[Any]:
@@ -268,12 +275,12 @@ def test_bf16_multiplies_in_bf16_and_keeps_weights_and_moments_in_fp32() -> None
     model = build(TINY, dtype="bfloat16")
     optimizer = optax.scale_by_adam()
     step = train_step(loss_of(model), optimizer, constant(0.1), 1.0)
-    state = initial_state(initial(model.specs, jax.random.key(0)), optimizer)
+    state = initial_state(random_params(model), optimizer)
     jaxpr = jax.make_jaxpr(step)(state, {}, uneven_batch(1))
     operands = [tuple(v.aval.dtype.name for v in eqn.invars) for eqn in products(jaxpr.jaxpr)]
     # Scores leave their product in fp32, so their cotangent meets q and k in fp32: the two that are not bf16.
     assert operands.count(("float32", "bfloat16")) == 2
-    assert operands.count(("bfloat16", "bfloat16")) == len(operands) - 2 == 28
+    assert operands.count(("bfloat16", "bfloat16")) == len(operands) - 2
     after = jax.eval_shape(step, state, {}, uneven_batch(1))[0]
     floats = [x.dtype for x in jax.tree.leaves((after.params, after.opt_state)) if x.ndim]
     assert floats

@@ -5,6 +5,7 @@ transformers draws biases as zeros and norms as ones: a test on those would not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def torch_model(hf: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def stacked(tensors: dict[str, torch.Tensor], specs: Specs) -> Params:
+def stacked(tensors: Mapping[str, torch.Tensor], specs: Specs) -> Params:
     """Tensors by their Hugging Face names (a state dict, gradients) as one of our trees."""
     params = {}
     for path, spec in specs.items():

@@ -32,7 +32,7 @@ disable_progress_bars()
 
 @dataclass(frozen=True)
 class Reference:
-    """What TRL made: a record a step, the model, and the lengths of the documents in each row of its batches."""
+    """What TRL made: a record a step, the model, and the lengths of the documents in each row."""
 
     records: list[Row]
     model: PreTrainedModel
@@ -60,7 +60,7 @@ class Runs:
 class WeightedTrainer(SFTTrainer):
     """TRL, but accuracy and entropy of a step are means over its tokens.
 
-    TRL's own are means of the microbatches' means, in which a token of a microbatch with few of them counts more.
+    TRL's own are means of the microbatches' means, in which a token counts more where there are few.
     """
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,17 +78,20 @@ class WeightedTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def by_trl(model: Path, rows: list[Row], out: Path, **settings: Any) -> Reference:
-    """The run by TRL, rows in order."""
-    options = {"optim": "adamw_torch", "bf16": False, "use_cpu": True, "disable_tqdm": True}
+def by_trl(model: Path, rows: list[Row], out: Path, *, threads: int = 1, **settings: Any) -> Reference:
+    """The run by TRL, rows in order. A tiny model is slower on more threads."""
+    options: dict[str, Any] = {"optim": "adamw_torch", "bf16": False, "use_cpu": True, "disable_tqdm": True}
     options |= {"report_to": "none", "train_sampling_strategy": "sequential", "dataloader_pin_memory": False}
-    trainer = WeightedTrainer(
+    trainer: Any = WeightedTrainer(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         SFTConfig(str(out), **options, **SETTINGS, **settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
     )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     trainer.train()
+    torch.set_num_threads(before)
     examples = trainer.train_dataset
     packed = "seq_lengths" in examples.column_names
     slots = list(examples["seq_lengths"]) if packed else [[len(ids)] for ids in examples["input_ids"]]

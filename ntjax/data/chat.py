@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,11 @@ def formatted(row: Row, function: Callable[[Row], Any], where: str, text_field: 
     try:
         made = function(row)
     except Exception as error:
-        raise UserCodeError(f"formatting_func raised {type(error).__name__}: {error}", where=where) from error
+        calls = traceback.extract_tb(error.__traceback__)[1:2]  # the function's own, if it was reached
+        place = "".join(f" at {call.filename}:{call.lineno}" for call in calls)
+        raise UserCodeError(
+            f"formatting_func raised {type(error).__name__}{place}: {error}", where=where
+        ) from error
     rows = [{text_field or "text": one} if isinstance(one, str) else one for one in _listed(made)]
     for one in rows:
         if not isinstance(one, dict):

@@ -116,7 +116,7 @@ def _json_object(line: bytes, where: str) -> Row:
     except json.JSONDecodeError as error:
         shown = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
         raise BadData(
-            f"not JSON: {error.msg} at column {error.colno}, near {shown!r}", where=where
+            f"not JSON: {error.msg.removesuffix(' at')}, at column {error.colno} near {shown!r}", where=where
         ) from error
     if not isinstance(row, dict):
         raise BadData(f"a row must be an object, not {_kind(row)}", where=where)

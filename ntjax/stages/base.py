@@ -138,7 +138,7 @@ class StageConfig(Table):
             "greedy": "schedules that watch the loss",
         },
     )
-    lr_scheduler_kwargs: dict[str, float | str] = setting({})
+    lr_scheduler_kwargs: dict[str, float] = setting({})
     optimizer: str = setting(
         "adamw_torch",
         choices=(*OPTIMIZERS, *OPTIMIZERS_LATER),
@@ -239,5 +239,11 @@ class StageConfig(Table):
             and "num_decay_steps" not in self.lr_scheduler_kwargs
         ):
             yield "lr_scheduler_kwargs", "warmup_stable_decay needs num_decay_steps"
+        floors = {"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs)
+        if self.lr_scheduler_type == "cosine_with_min_lr" and len(floors) != 1:
+            yield "lr_scheduler_kwargs", "cosine_with_min_lr needs min_lr or min_lr_rate, one of them"
+        end = self.lr_scheduler_kwargs.get("lr_end", 1e-7)
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= end:
+            yield "learning_rate", f"polynomial decays to lr_end ({end}), which must be below it"
         if self.do_eval is False and self.eval_strategy != "no":
             yield "do_eval", f"eval_strategy = {self.eval_strategy!r} asks for evaluation"

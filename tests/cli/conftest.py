@@ -5,38 +5,27 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cli import process
-from tests.cli.process import Result, Running
+from tests.cli.process import Result, Running, write_rows
 from tests.tiny import tiny_model
 
 ONE_DEVICE = {"XLA_FLAGS": ""}
-WORDS = "sea sky blue wide Paris France capital one two three".split()
-CONFIG = """\
-task_name = "{task}"
-base_output_dir = "out"
-use_tensorboard = false
-
-[model]
-model_name_or_path = "model"
-
-[datasets.sft]
-dataset_path = "pairs.jsonl"
-max_length = 64
-{dataset}
-[[stages]]
-stage_type = "sft"
-max_steps = 24
-learning_rate = 1e-3
-warmup_steps = 2
-logging_steps = 3
-save_steps = 4
-{stage}
-"""
+WORDS = ["sea", "sky", "blue", "wide", "Paris", "France", "capital", "one", "two", "three"]
+STAGE = {
+    "stage_type": "sft",
+    "max_steps": 24,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "logging_steps": 3,
+    "save_steps": 4,
+}
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": f"What is {WORDS[i % 10]} {i}?", "completion": f"It is {WORDS[3 * i % 10]}."}
         for i in range(40)
     ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "pairs.jsonl", rows)
     return folder
 
 
@@ -79,11 +68,20 @@ def ntjax(begin: Callable[..., Running]) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def config(place: Path) -> Callable[..., Path]:
-    """config("name", stage="bf16 = true"): a config file of that task name, in TOML."""
+    """config("name", {"bf16": True}, packing=True): a config file of that task name, a table a stage; what is named
+    is set in all stages."""
 
-    def config(task: str, stage: str = "", dataset: str = "") -> Path:
+    def config(
+        task: str, *stages: dict[str, Any], dataset: dict[str, Any] | None = None, **same: Any
+    ) -> Path:
+        tables: list[tuple[str, dict[str, Any]]] = [("[model]", {"model_name_or_path": "model"})]
+        tables += [("[datasets.sft]", {"dataset_path": "pairs.jsonl", "max_length": 64} | (dataset or {}))]
+        tables += [("[[stages]]", STAGE | stage | same) for stage in stages or [{}]]
+        lines = [f'task_name = "{task}"', 'base_output_dir = "out"', "use_tensorboard = false"]
+        for title, table in tables:
+            lines += ["", title, *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
         path = place / f"{task}.toml"
-        path.write_text(CONFIG.format(task=task, stage=stage, dataset=dataset))
+        path.write_text("\n".join(lines) + "\n")
         return path
 
     return config
@@ -101,3 +99,9 @@ def whole(ntjax: Callable[..., Result], config: Callable[..., Path], latest: Cal
     ended = ntjax("train", "--config", config("whole"))
     assert ended.code == 0, ended.err
     return latest("whole")
+
+
+@pytest.fixture
+def copy(whole: Path, place: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of `whole` that can be spoilt."""
+    return Path(shutil.copytree(whole, place / "copies" / request.node.name))

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -90,13 +90,21 @@ def _command(folder: Path, args: tuple[str, ...], env: dict[str, str], files: tu
     runpy.run_module(f"ntjax.{args[0]}", run_name="__main__", alter_sys=True)
 
 
-def cold(folder: Path, args: tuple[str, ...], env: Mapping[str, str]) -> Result:
-    """Runs `python -m ntjax.NAME ...` in `folder`, from nothing."""
-    command = [sys.executable, "-m", f"ntjax.{args[0]}", *args[1:]]
+def cold(
+    folder: Path, args: tuple[str, ...], env: Mapping[str, str], program: Sequence[str] | None = None
+) -> Result:
+    """Runs `python -m ntjax.NAME ...`, or `program NAME ...`, in `folder`, from nothing."""
+    command = [*program, *args] if program else [sys.executable, "-m", f"ntjax.{args[0]}", *args[1:]]
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def write_rows(path: Path, rows: Sequence[object]) -> Path:
+    """Writes a jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def metrics(stage: Path) -> list[dict[str, Any]]:
@@ -113,4 +121,6 @@ def losses(stage: Path) -> list[float]:
 
 def checkpoints(stage: Path) -> list[int]:
     """Steps that are saved in a stage folder."""
-    return sorted(int(path.name.partition("-")[2]) for path in stage.glob("checkpoint-*") if path.suffix == "")
+    return sorted(
+        int(path.name.partition("-")[2]) for path in stage.glob("checkpoint-*") if path.suffix == ""
+    )

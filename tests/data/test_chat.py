@@ -168,7 +168,9 @@ def test_formatting_func_gives_a_text_a_row_or_several():
 
 
 def test_a_formatting_func_that_fails_is_user_code():
-    with pytest.raises(UserCodeError, match="d:9: formatting_func raised KeyError: 'b'"):
+    with pytest.raises(
+        UserCodeError, match=r"d:9: formatting_func raised KeyError at .*test_chat\.py:\d+: 'b'"
+    ):
         formatted({"a": 1}, lambda row: row["b"], "d:9", None)
     with pytest.raises(UserCodeError, match="returned null; allowed: a string, a dict, or a list"):
         formatted({"a": 1}, lambda row: None, "d:9", None)

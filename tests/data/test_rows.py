@@ -147,7 +147,7 @@ def test_relative_paths_are_looked_for_in_each_folder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "where", "says"),
     [
-        ("d.jsonl", '{"a": 1}\n{"a": \n', "d.jsonl:2", "not JSON: Expecting value at column 7"),
+        ("d.jsonl", '{"a": 1}\n{"a": \n', "d.jsonl:2", "not JSON: Expecting value, at column 7"),
         ("d.jsonl", '{"a": 1}\n[1]\n', "d.jsonl:2", "a row must be an object, not an array"),
         ("d.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "d.jsonl:2", "not UTF-8"),
         ("d.json", '[{"a": 1},\n nope]', "d.json:2", "not JSON"),

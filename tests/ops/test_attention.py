@@ -36,9 +36,8 @@ def test_a_window_counts_the_token_itself() -> None:
 
 
 def test_slots_of_a_cache_that_are_not_written_are_not_seen() -> None:
-    keys = Tokens(
-        jnp.asarray([[0, 0, 1, 2, 0, 0]]), jnp.asarray([[0, 1, 1, 1, 0, 0]])
-    )  # one pad, three tokens
+    # One slot of padding, three of tokens, two of nothing.
+    keys = Tokens(jnp.asarray([[0, 0, 1, 2, 0, 0]]), jnp.asarray([[0, 1, 1, 1, 0, 0]]))
     query = Tokens(jnp.asarray([[2]]), jnp.asarray([[1]]))
     assert visible(query, keys, None)[0].astype(int).tolist() == [[0, 1, 1, 1, 0, 0]]
 
@@ -64,7 +63,7 @@ def in_torch(qkv: list[jax.Array], seen: jax.Array) -> tuple[list[torch.Tensor],
 def test_attention_and_its_gradient_are_torchs() -> None:
     qkv, seen = arrays()
     leaves, reference = in_torch(qkv, seen)
-    y, backward = jax.vjp(lambda *x: attention(*x, seen), *qkv)
+    y, backward = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, seen)), *qkv)
     np.testing.assert_allclose(y, reference.detach().numpy(), atol=1e-6)
     cotangent = np.random.default_rng(1).standard_normal(y.shape).astype(np.float32)
     reference.backward(torch.tensor(cotangent))
@@ -89,5 +88,5 @@ def test_bf16_scores_are_summed_and_normalised_in_fp32() -> None:
 def test_a_query_that_sees_nothing_is_finite(dtype: str) -> None:
     qkv, seen = arrays(dtype)
     blind = jnp.zeros_like(seen)
-    y, backward = jax.vjp(lambda *x: attention(*x, blind), *qkv)
+    y, backward = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, blind)), *qkv)
     assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in (y, *backward(y)))

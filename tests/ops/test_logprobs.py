@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ntjax.ops import logprobs
-from ntjax.ops.logprobs import TokenLogprobs, token_logprobs
+from ntjax.ops.logprobs import token_logprobs
 
 BATCH, TIME, EMBED, VOCAB = 2, 7, 5, 11
 ONE_TOKEN = 4 * BATCH * VOCAB  # bytes of the logits of one time step
@@ -93,12 +93,13 @@ def largest_array(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Elements of the largest array in the compiled gradient for B 2, T 64, D 8, V 512."""
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", chunk_bytes)
 
-    def total(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> TokenLogprobs:
+    def total(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
         return token_logprobs(hidden, head, targets).logp.sum()
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(2, 64, 8), (512, 8)]]
     targets = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     program = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(*shapes, targets).compile().as_text()
+    assert program
     sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w\d+\[([\d,]+)\]", program)]
     return max(sizes)
 

@@ -49,7 +49,7 @@ def test_frequencies_are_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("length", [4095, 4096, 4097, 16384])
 def test_dynamic_frequencies_are_transformers(length: int) -> None:
-    parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    parameters: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     config = LlamaConfig(rope_parameters=dict(parameters), max_position_embeddings=4096, head_dim=64)
     frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, "cpu", seq_len=torch.tensor(length))
     # The document's last token and its second: position 1 turns by the frequencies themselves.
@@ -59,7 +59,11 @@ def test_dynamic_frequencies_are_transformers(length: int) -> None:
 
 
 def test_yarn_without_a_factor_takes_the_ratio_of_lengths() -> None:
-    parameters = {"rope_type": "yarn", "rope_theta": 10000.0, "original_max_position_embeddings": 2048}
+    parameters: dict[str, Any] = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 2048,
+    }
     assert rope_from_hf(parameters, 64, 8192) == rope_from_hf({**parameters, "factor": 4.0}, 64, 8192)
 
 

@@ -1,0 +1,51 @@
+"""The number of devices changes nothing but the speed; a bucket costs one compilation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.process import Result, cold, losses, write_rows
+
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.mark.slow
+def test_eight_devices_lose_what_one_does_and_one_takes_over(
+    ntjax: Callable[..., Result], config: Callable[..., Path], latest: Callable[[str], Path]
+) -> None:
+    one, eight = config("one", per_device_train_batch_size=8), config("eight", per_device_train_batch_size=1)
+    for path, env in ((one, {"XLA_FLAGS": ""}), (eight, EIGHT)):
+        ended = ntjax("train", "--config", path, env=env)
+        assert ended.code == 0, ended.err
+    stages = {task: latest(task) / "sft_stage" for task in ("one", "eight")}
+    assert losses(stages["eight"]) == pytest.approx(losses(stages["one"]), rel=1e-5)
+
+    resume = "train", "--config", eight, "--resume", stages["eight"] / "checkpoint-12"
+    alone = "stages.0.per_device_train_batch_size=8"
+    refused = ntjax(*resume, alone)
+    assert refused.code == 78
+    assert "devices: 8 -> 1" in refused.err
+    assert "per_device_train_batch_size: 1 -> 8" in refused.err
+    taken_over = ntjax(*resume, alone, "--allow-changed")
+    assert taken_over.code == 0, taken_over.err
+    assert "resuming at step 12 of 24" in taken_over.out
+    assert losses(stages["eight"]) == pytest.approx(losses(stages["one"]), rel=1e-5)
+
+
+def test_the_step_is_compiled_once_a_bucket(place: Path, config: Callable[..., Path]) -> None:
+    """Rows of up to 64 tokens and of up to 128, in turn, with accumulation."""
+    rows = [{"prompt": "What is", "completion": " blue" * (90 if i % 3 == 0 else 5)} for i in range(24)]
+    write_rows(place / "buckets.jsonl", rows)
+    path = config(
+        "buckets",
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 10},
+        dataset={"dataset_path": "buckets.jsonl", "max_length": 256, "shuffle": False},
+    )
+    ended = cold(place, ("train", "--config", str(path)), {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": ""})
+    assert ended.code == 0, ended.err
+    compiled = re.findall(r"Compiling jit\(step\) with global shapes", ended.err)
+    assert len(compiled) == 2
