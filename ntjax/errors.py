@@ -99,6 +99,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         if "--debug" in argv:
             traceback.print_exc()
         _leave(error.exit_code, f"ntjax: {error}")
+    except SystemExit as error:
+        # argparse leaves with 2 for a wrong command line, with 0 after --help.
+        sys.exit(78 if error.code == 2 else error.code)
     except KeyboardInterrupt:
         _leave(130, "ntjax: interrupted before anything was there to save")
     except Exception as error:

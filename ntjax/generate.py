@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         return
     prompts = [args.prompt] if args.prompt is not None else list(_read_prompts(Path(args.prompts)))
     for start in range(0, len(prompts), BATCH):
-        sampler.answer(prompts[start : start + BATCH])
+        sampler.answer(prompts[start : start + BATCH], start)
 
 
 class Sampler:
@@ -84,18 +84,17 @@ class Sampler:
         self.stop_ids = stop_ids(folder, self.tokenizer)
         self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 
-    def complete(self, prompts: Sequence[Any]) -> list[Any]:
-        """Completions of prompts, each text or messages."""
+    def complete(self, prompts: Sequence[Any], first_row: int = 0) -> list[Any]:
+        """Completions of prompts, each text or messages, the first of them row `first_row` of a file."""
         from ntjax.sampler import generate
 
         ids = [self._tokens(prompt) for prompt in prompts]
-        return generate(
-            self.model, self.params, ids, self.sampling, stop_ids=self.stop_ids, seed=self.args.seed
-        )
+        drawn = {"stop_ids": self.stop_ids, "seed": self.args.seed, "first_row": first_row}
+        return generate(self.model, self.params, ids, self.sampling, **drawn)
 
-    def answer(self, prompts: Sequence[Any]) -> None:
+    def answer(self, prompts: Sequence[Any], first_row: int) -> None:
         """Prints the completion of each prompt."""
-        for prompt, completion in zip(prompts, self.complete(prompts), strict=True):
+        for prompt, completion in zip(prompts, self.complete(prompts, first_row), strict=True):
             text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
             if self.args.json:
                 row = {"prompt": prompt, "completion": text, **vars(completion)}
@@ -123,7 +122,9 @@ class Sampler:
             if self.args.raw or self.tokenizer.chat_template is None:
                 ids = self.tokenizer(prompt)["input_ids"]
                 if not ids:
-                    raise BadData("an empty prompt has no token to go on from", fix="give at least one character")
+                    raise BadData(
+                        "an empty prompt has no token to go on from", fix="give at least one character"
+                    )
                 return ids
             prompt = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)

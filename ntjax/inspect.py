@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     from ntjax.hf.files import read_config
     from ntjax.hf.hub import locate
     from ntjax.hf.tokenizer import load_tokenizer
-    from ntjax.trainer import encoded_rows
+    from ntjax.prepare import encoded_rows
 
     folder = locate(
         config.model.model_name_or_path, cache_dir=config.model.cache_dir, folders=[config.path.parent]

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ntjax.config import Config, refuse_unbuilt, to_toml
-from ntjax.errors import ConfigError
+from ntjax.errors import ConfigError, Preempted
 from ntjax.metrics import require_wandb
 from ntjax.runs import Resume, find_resume, is_done, new_run, refuse_used, unmark
+from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
 
 log = logging.getLogger("ntjax")
@@ -38,37 +39,53 @@ def run(
     resolved = to_toml(config)
     log.info("%s", resolved)
     log.info("run folder: %s", folder)
-    if not where or allow_changed:
+    if not where:
         (folder / "config.toml").write_text(resolved)
-    _run_stages(config, chosen, folder, where, allow_changed)
+    with StopRequest() as stop:
+        _run_stages(config, chosen, folder, where, allow_changed, stop)
     log.info("done: %s", folder)
     return folder
 
 
 def _run_stages(
-    config: Config, chosen: Sequence[StageConfig], run_folder: Path, where: Resume | None, allow_changed: bool
+    config: Config,
+    chosen: Sequence[StageConfig],
+    run_folder: Path,
+    where: Resume | None,
+    allow_changed: bool,
+    stop: StopRequest,
 ) -> None:
     from ntjax.hf.hub import locate
-    from ntjax.trainer import Job, prepare, train
+    from ntjax.prepare import Job, prepare
+    from ntjax.trainer import train
 
-    named = (
-        [stage.stage_name for stage in config.stages].index(where.stage) if where and where.stage else None
-    )
+    names = [stage.stage_name for stage in config.stages]
+    named = names.index(where.stage) if where and where.stage else None
     for index, stage in enumerate(config.stages):
         folder = stage_folder(config, stage, run_folder)
         if stage not in chosen:
             continue
         if named is not None and index >= named:
-            unmark(folder)  # a stage that was named is gone on with, and so is what was made from it
+            unmark(folder)  # the stage that was named goes on, and what was made from it is made anew
         if where and is_done(folder):
             log.info("%s is done already", stage.stage_name)
             continue
         source = locate(
             _source(config, index, run_folder), cache_dir=config.model.cache_dir, folders=[config.path.parent]
         )
+        goes_on = where is not None and (named is None or index <= named)
         step = where.step if where and index == named else None
         log.info("%s starts from %s", stage.stage_name, source)
-        train(prepare(Job(config, stage, source, folder, bool(where), step, allow_changed)))
+        setup = prepare(Job(config, stage, source, folder, goes_on, step, allow_changed))
+        # A resumed run may have other settings of those that are free to change, or allowed to.
+        (run_folder / "config.toml").write_text(to_toml(config))
+        if stop.requested:
+            raise Preempted(
+                f"stopped by {stop.requested.name} before {stage.stage_name} began",
+                interrupted=stop.requested.name == "SIGINT",
+                fix=f"go on with --resume {run_folder}",
+            )
+        train(setup, stop)
 
 
 def _chosen(config: Config, names: Sequence[str]) -> list[StageConfig]:

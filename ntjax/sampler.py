@@ -50,15 +50,16 @@ def generate(
     *,
     stop_ids: Sequence[int],
     seed: int = 0,
+    first_row: int = 0,
 ) -> list[Completion]:
-    """A completion of each prompt; a row's draw depends on its prompt, its index and the seed alone."""
+    """A completion of each prompt; a row's draw depends on its prompt, its number (from `first_row`) and the seed."""
     ids, lengths = _left_padded(prompts)
     new = _rounded(sampling.max_new_tokens)
     decode = _compiled(model, new, sampling.temperature, sampling.top_k, sampling.top_p)
     stops = jnp.asarray(sorted(stop_ids) or [-1])
-    tokens, logprobs = decode(
-        params, ids, lengths, stops, jnp.asarray(sampling.max_new_tokens), jax.random.key(seed)
-    )
+    rows = jnp.arange(first_row, first_row + len(prompts))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+    tokens, logprobs = decode(params, ids, lengths, stops, jnp.asarray(sampling.max_new_tokens), keys)
     return [
         _completion(t[: sampling.max_new_tokens].tolist(), p.tolist(), set(stop_ids))
         for t, p in zip(np.asarray(tokens), np.asarray(logprobs), strict=True)
@@ -89,10 +90,14 @@ def _compiled(model: Model, new: int, temperature: float, top_k: int, top_p: flo
     """The program for one model, room for `new` tokens and one way of drawing."""
 
     def run(
-        params: Params, ids: jax.Array, lengths: jax.Array, stops: jax.Array, limit: jax.Array, key: jax.Array
+        params: Params,
+        ids: jax.Array,
+        lengths: jax.Array,
+        stops: jax.Array,
+        limit: jax.Array,
+        keys: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         batch, time = ids.shape
-        keys = jax.random.split(key, batch)
         offsets = jnp.arange(time) - (time - lengths[:, None])
         prompt = Tokens(jnp.maximum(offsets, 0), (offsets >= 0).astype(jnp.int32))
         hidden, cache = model.hidden(params, ids, prompt, model.cache(batch, time + new))

@@ -35,7 +35,7 @@ class TrainState:
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; moments are sharded as their weights are."""
+    """The state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 

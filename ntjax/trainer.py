@@ -1,158 +1,40 @@
 """Trains one stage: from a model folder to a model folder.
 
-`prepare` does everything that can go wrong cheaply (data, tokenizer, plan) before weights are read; `train` runs the
-loop. The loop never waits for the device: a step's metrics are fetched while the next step runs.
+The loop never waits for the device: a step's metrics are fetched while the next step runs.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ntjax import lookup
 from ntjax.checkpoint import Checkpoints
-from ntjax.config import Config, dataset_for
-from ntjax.data.encode import check_stop_token
-from ntjax.data.encoded import Encoded
 from ntjax.data.loader import Plan, batches
 from ntjax.errors import ConfigError, Diverged, Preempted
-from ntjax.hf.files import read_config
 from ntjax.hf.folder import load_params, save_params
-from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id, save_generation_config, save_tokenizer
-from ntjax.mesh import make_mesh, place_batch, replicated
+from ntjax.hf.tokenizer import pad_id, save_generation_config, save_tokenizer
+from ntjax.mesh import place_batch, replicated
 from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics
-from ntjax.models import Model, build
 from ntjax.optim import direction, schedule
 from ntjax.params import Params
+from ntjax.prepare import Data, Job, Setup
 from ntjax.progress import Progress
-from ntjax.runs import check_unchanged, mark_done
+from ntjax.runs import mark_done
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
-from ntjax.stages.rows import stage_rows
 from ntjax.step import TrainState, eval_step, initial_state, train_step
 
 MAX_SKIPPED = 5  # non-finite steps in a row before the run is called diverged
-# Settings that may differ when a stage is resumed: they change what is written, not what is computed.
-FREE = {"stage_name", "output_dir", "load_from", "save_strategy", "save_steps", "save_total_limit"}
-FREE |= {"load_best_model_at_end", "metric_for_best_model", "greater_is_better"}
-
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """A stage to run: what it starts from, where it writes, and whether it goes on from a checkpoint there."""
-
-    config: Config
-    stage: StageConfig
-    source: Path
-    folder: Path
-    resume: bool = False
-    resume_step: int | None = None  # None: the newest
-    allow_changed: bool = False
-
-
-@dataclass(frozen=True)
-class Data:
-    """Examples, and the plan that says which of them each step sees."""
-
-    plan: Plan
-    examples: Encoded
-
-    def tokens(self, step: int) -> int:
-        """Tokens, padding left out, that a step reads over all processes."""
-        return sum(
-            int(self.plan.lengths[row]) for rows in self.plan.slots(step) for slot in rows for row in slot
-        )
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that a stage needs but its weights. `settings` are what must not differ when it is resumed."""
-
-    job: Job
-    tokenizer: Any
-    model: Model
-    mesh: jax.sharding.Mesh
-    train: Data
-    evaluation: Data | None
-    settings: dict[str, Any]
-
-
-def prepare(job: Job) -> Setup:
-    """Reads everything but the weights; every error that data or settings can cause is raised here."""
-    config, stage = job.config, job.stage
-    # Filled in when the config was resolved.
-    assert stage.seed is not None
-    assert stage.per_device_eval_batch_size is not None
-    hf = read_config(job.source)
-    model = build(hf, dtype=config.compute_dtype(stage), remat=bool(stage.gradient_checkpointing))
-    tokenizer = load_tokenizer(job.source)
-    check_vocab(tokenizer, model.config.vocab)
-    train, evaluation = encoded_rows(config, stage, tokenizer, model.config.vocab)
-    log.info("%s: %s", stage.stage_name, train.report())
-    if warning := check_stop_token(train, tokenizer):
-        log.warning("warning: %s", warning)
-    mesh = make_mesh()
-    dataset = dataset_for(config, stage)[1]
-    data = Data(
-        Plan(
-            train.lengths,
-            stage.row_length,
-            stage.per_device_train_batch_size * mesh.size,
-            stage.gradient_accumulation_steps,
-            stage.num_train_epochs,
-            stage.max_steps,
-            dataset.shuffle,
-            stage.seed,
-            stage.packs,
-        ),
-        train,
-    )
-    rows = data.plan.rows_per_microbatch * data.plan.accumulation
-    log.info("%s: %d steps of %d rows on %d devices", stage.stage_name, data.plan.steps, rows, mesh.size)
-    held_out = None
-    if stage.do_eval and evaluation is not None:
-        rows = stage.per_device_eval_batch_size * mesh.size
-        plan = Plan(evaluation.lengths, stage.row_length, rows, shuffle=False, packing=stage.packs)
-        held_out = Data(plan, evaluation)
-    return Setup(job, tokenizer, model, mesh, data, held_out, _settings(job, train))
-
-
-def encoded_rows(
-    config: Config, stage: StageConfig, tokenizer: Any, vocab: int
-) -> tuple[Encoded, Encoded | None]:
-    """The stage's training examples, and its evaluation examples where it evaluates."""
-    name, dataset = dataset_for(config, stage)
-    function = None
-    if dataset.formatting_func is not None:
-        place = config.where(f"datasets.{name}.formatting_func")
-        function = lookup.function(dataset.formatting_func, config.path.parent, place)
-    assert stage.seed is not None
-    rows, held_out = stage_rows(config, dataset, stage.seed)
-    encoded = stage.encode(rows, tokenizer, dataset, function, vocab)
-    if held_out is None or not stage.do_eval:
-        return encoded, None
-    return encoded, stage.encode(held_out, tokenizer, dataset, function, vocab)
-
-
-def _settings(job: Job, train: Encoded) -> dict[str, Any]:
-    """Everything that decides what the stage computes."""
-    stage = {key: value for key, value in asdict(job.stage).items() if key not in FREE}
-    stage = {key: value for key, value in stage.items() if not key.startswith(("eval_", "logging_"))}
-    model = {f"model.{key}": getattr(job.config.model, key) for key in ("dtype", "param_dtype")}
-    shuffle = dataset_for(job.config, job.stage)[1].shuffle
-    everything = {**stage, **model, "devices": jax.device_count(), "shuffle": shuffle, "data": train.digest()}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in everything.items()}
-
-
-def train(setup: Setup) -> None:
+def train(setup: Setup, stop: StopRequest) -> None:
     """Trains the stage to its end and leaves a Hugging Face folder, or saves and raises `Preempted` on a signal."""
     job, stage = setup.job, setup.job.stage
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -167,8 +49,9 @@ def train(setup: Setup) -> None:
         if job.resume and checkpoints.latest() is not None:
             loop.restore()
         else:
+            checkpoints.discard_after(-1)
             loop.log.rewind(0)
-        loop.run()
+        loop.run(stop)
     finally:
         checkpoints.close()
         loop.log.close()
@@ -214,7 +97,6 @@ class Loop:
         """Goes on from the job's checkpoint, the newest intact one if none is named."""
         job = self.setup.job
         self.done, self.state, meta = self.checkpoints.restore(_abstract(self.state), job.resume_step)
-        check_unchanged(meta["settings"], self.setup.settings, allowed=job.allow_changed)
         self.checkpoints.discard_after(self.done)
         self.window = Window.from_state(meta["window"])
         self.last_metric, self.skipped = meta["metric"], meta["skipped"]
@@ -223,13 +105,13 @@ class Loop:
         self.progress = Progress(self.stage.stage_name, self.plan.steps, start=self.done)
         log.info("%s: resuming at step %d of %d", self.stage.stage_name, self.done, self.plan.steps)
 
-    def run(self) -> None:
+    def run(self, stop: StopRequest) -> None:
         """Runs the steps that are left."""
         stage, plan, mesh = self.stage, self.plan, self.setup.mesh
         rows = _batches(self.setup.train, self.setup.tokenizer, start=self.done)
         steps_left = self.done < plan.steps
         self.clock = time.perf_counter()
-        with StopRequest() as stop, self.progress:
+        with self.progress:
             for batch in rows:
                 self.state, metrics = self.step(self.state, {}, place_batch(batch, mesh))
                 self.collect()

@@ -17,7 +17,9 @@ from trl import SFTConfig, SFTTrainer
 
 from ntjax.config import load_config
 from ntjax.metrics import read_metrics
-from ntjax.trainer import Job, prepare, train
+from ntjax.prepare import Job, prepare
+from ntjax.signals import StopRequest
+from ntjax.trainer import train
 
 Row = dict[str, Any]
 SETTINGS: dict[str, Any] = {
@@ -131,7 +133,8 @@ def here(config: Path) -> Path:
     """The stage folder of a run in this process, on all its devices."""
     loaded = load_config(config)
     folder = config.parent / "sft_stage"
-    train(prepare(Job(loaded, loaded.stages[0], Path(loaded.model.model_name_or_path), folder)))
+    job = Job(loaded, loaded.stages[0], Path(loaded.model.model_name_or_path), folder)
+    train(prepare(job), StopRequest())
     return folder
 
 
