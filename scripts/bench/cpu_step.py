@@ -1,34 +1,37 @@
 """Times a full fine-tuning step of a model folder, ntjax beside transformers with torch, in one run.
 
-    python scripts/bench/cpu_step.py models/smollm2-135m-instruct [--batch 4] [--length 256] [--steps 5]
+    python scripts/bench/cpu_step.py models/smollm2-135m-instruct [--batch 4] [--length 256] [--steps 5] [--rounds 2]
 
-Both in fp32 with AdamW, no padding, every token learned; a step of each in turn, medians of the steps after the first.
-Needs the [test] extra, for torch. Prints a row for docs/benchmarks.md.
+Both in fp32 with AdamW, no padding, every token learned; each in a process of its own, in turn (torch's idle threads
+would slow down anything beside them); medians of the steps after each process's first. Needs the [test] extra, for
+torch. Prints the rows for docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
-
-from ntjax.hf.files import read_config
-from ntjax.hf.folder import load_params
-from ntjax.models import build
-from ntjax.optim import direction, schedule
-from ntjax.stages.sft import Options
-from ntjax.step import initial_state, train_step
 
 
 def ntjax_step(folder: Path, ids: np.ndarray) -> Callable[[], float]:
     """A function that takes one step and returns its loss."""
+    import jax
+
+    from ntjax.hf.files import read_config
+    from ntjax.hf.folder import load_params
+    from ntjax.models import build
+    from ntjax.optim import direction, schedule
+    from ntjax.stages.sft import Options
+    from ntjax.step import initial_state, train_step
+
     stage = Options(stage_type="sft", learning_rate=1e-5)
     model = build(read_config(folder))
     optimizer = direction(stage, model.specs)
@@ -53,6 +56,9 @@ def ntjax_step(folder: Path, ids: np.ndarray) -> Callable[[], float]:
 
 def torch_step(folder: Path, ids: np.ndarray) -> Callable[[], float]:
     """The same with transformers and torch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7, weight_decay=0.0)
     tokens = torch.tensor(ids, dtype=torch.long)
@@ -68,30 +74,43 @@ def torch_step(folder: Path, ids: np.ndarray) -> Callable[[], float]:
     return run
 
 
+PEERS = {"ntjax": ntjax_step, "torch": torch_step}
+
+
+def measure(run: Callable[[], float], steps: int) -> list[dict[str, float]]:
+    """Seconds and CPU seconds of each step after the first."""
+    rows = []
+    for _ in range(steps + 1):
+        start, used = time.perf_counter(), time.process_time()
+        loss = run()
+        rows.append({"wall": time.perf_counter() - start, "cpu": time.process_time() - used, "loss": loss})
+    return rows[1:]
+
+
 def main() -> None:
-    """Times both and prints a table."""
+    """Times the peers in turn and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peer", choices=PEERS, help="measure this one alone, as JSON")
     args = parser.parse_args()
-    ids = np.random.default_rng(0).integers(100, 10_000, (args.batch, args.length)).astype(np.int32)
-    runs = {"ntjax": ntjax_step(args.folder, ids), "torch": torch_step(args.folder, ids)}
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    cpu: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(args.steps + 1):
-        for name, run in runs.items():
-            start, used = time.perf_counter(), time.process_time()
-            loss = run()
-            if index:
-                wall[name].append(time.perf_counter() - start)
-                cpu[name].append(time.process_time() - used)
-            print(f"{name} step {index}: loss {loss:.4f}, {time.perf_counter() - start:.2f} s", flush=True)
-    print("\n| | s a step | tokens/s | CPU-s a step |\n| --- | --- | --- | --- |")
-    for name in runs:
-        seconds = statistics.median(wall[name])
-        print(f"| {name} | {seconds:.2f} | {ids.size / seconds:.0f} | {statistics.median(cpu[name]):.1f} |")
+    if args.peer:
+        ids = np.random.default_rng(0).integers(100, 10_000, (args.batch, args.length)).astype(np.int32)
+        print(json.dumps(measure(PEERS[args.peer](args.folder, ids), args.steps)))
+        return
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
+    for _ in range(args.rounds):
+        for name in PEERS:
+            command = [sys.executable, *sys.argv, "--peer", name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            rows[name] += json.loads(done.stdout.splitlines()[-1])
+    print("| | s a step | tokens/s | CPU-s a step |\n| --- | --- | --- | --- |")
+    for name, measured in rows.items():
+        wall, cpu = (statistics.median(row[key] for row in measured) for key in ("wall", "cpu"))
+        print(f"| {name} | {wall:.2f} | {args.batch * args.length / wall:.0f} | {cpu:.1f} |")
 
 
 if __name__ == "__main__":
