@@ -21,7 +21,7 @@ from ntjax.data.encoded import Encoded
 from ntjax.data.loader import Plan
 from ntjax.errors import CheckpointError
 from ntjax.hf.files import read_config
-from ntjax.hf.tokenizer import check_vocab, load_tokenizer
+from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id
 from ntjax.mesh import make_mesh
 from ntjax.models import Model, build
 from ntjax.runs import check_unchanged
@@ -85,6 +85,8 @@ def prepare(job: Job) -> Setup:
     model = build(hf, dtype=config.compute_dtype(stage), remat=bool(stage.gradient_checkpointing))
     tokenizer = load_tokenizer(job.source)
     check_vocab(tokenizer, model.config.vocab)
+    if pad_id(tokenizer) == tokenizer.eos_token_id:
+        log.info("%s: rows are padded with the end token %r, masked", stage.stage_name, tokenizer.eos_token)
     train, evaluation = encoded_rows(config, stage, tokenizer, model.config.vocab)
     log.info("%s: %s", stage.stage_name, train.report())
     if warning := check_stop_token(train, tokenizer):

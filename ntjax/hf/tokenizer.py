@@ -7,7 +7,6 @@ every answer out of the loss, because there it equals padding.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,6 @@ from ntjax.hf.files import read_json, replacing, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -45,8 +42,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises Exception itself for a bad file
         raise BadData(f"the tokenizer can't be read: {error}", where=str(folder)) from None
-    if pad_id(tokenizer) == tokenizer.eos_token_id:
-        logger.warning("%s: rows are padded with the end token %r, masked", folder, tokenizer.eos_token)
+    pad_id(tokenizer)  # raises where nothing could end a sequence
     return tokenizer
 
 
