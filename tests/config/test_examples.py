@@ -24,7 +24,9 @@ def test_its_first_comment_is_its_command(path: Path) -> None:
 
 
 def test_what_is_built_is_not_refused() -> None:
-    refuse_unbuilt(load_config(CONFIGS / "sft_smollm2.toml"))
+    config = load_config(CONFIGS / "sft_smollm2.toml")
+    refuse_unbuilt(config)
+    assert config.warnings == ()
 
 
 def test_what_is_not_built_is_refused_in_one_sentence() -> None:
