@@ -6,9 +6,14 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ntjax import errors
 from ntjax.errors import ConfigError, InputMissing
+
+if TYPE_CHECKING:
+    from ntjax.params import Params
+    from ntjax.policy import Policy
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,45 +25,126 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, help="a folder that isn't there yet, or is empty")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--adapter-only", action="store_true", help="the adapter alone, as PEFT reads it")
-    kind.add_argument("--merge", action="store_true", help="with the adapter merged into the weights")
+    kind.add_argument(
+        "--merge",
+        action="store_true",
+        help="the model with the adapter merged into it: the default, said aloud",
+    )
     parser.add_argument("--format", choices=["safetensors", "flax"], default="safetensors")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
-    if args.adapter_only or args.merge:
-        flag = "--merge" if args.merge else "--adapter-only"
-        raise ConfigError("not built yet: LoRA adapters", where=flag, fix="leave it out: there is no adapter")
+    if args.adapter_only and args.format == "flax":
+        raise ConfigError("PEFT has no Flax format", where="--format", fix="leave it out")
     out = Path(args.out)
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty", where="--out", fix="name a new folder")
     folder, step = _checkpoint(Path(args.checkpoint).resolve())
-    export(folder, step, out, flax=args.format == "flax", dtype=args.dtype)
-    print(f"{out}: step {step} of {folder.name}, {args.format}, {args.dtype}")
+    if args.adapter_only:
+        base = export_adapter(folder, step, out)
+        print(f"{out}: the adapter at step {step} of {folder.name}, on {base}")
+        return
+    how = export(folder, step, out, flax=args.format == "flax", dtype=args.dtype, merge=args.merge)
+    print(f"{out}: step {step} of {folder.name}{how}, {args.format}, {args.dtype}")
 
 
-def export(folder: Path, step: int, out: Path, *, flax: bool = False, dtype: str = "float32") -> None:
-    """Writes the weights of `folder`/checkpoint-`step` with config and tokenizer; weights may be in Flax's msgpack."""
+def export(
+    folder: Path, step: int, out: Path, *, flax: bool = False, dtype: str = "float32", merge: bool = False
+) -> str:
+    """Writes the model of `folder`/checkpoint-`step` with config and tokenizer; weights may be in Flax's msgpack.
+
+    An adapter is merged; what is returned says so. With `merge` there must be one.
+    """
     from ntjax.hf.folder import save_flax, save_params
-    from ntjax.hf.tokenizer import load_tokenizer, save_generation_config, save_tokenizer
-    from ntjax.leaves import load_part
-    from ntjax.models import build
+    from ntjax.hf.tokenizer import load_tokenizer, pad_id, save_generation_config, save_tokenizer
 
-    params, meta = load_part(folder, step, "params/")
+    stage = _Saved(folder, step)
+    if merge:
+        stage.require_adapter("--merge")
+    params = stage.params()
     # The tokenizer is the one the stage started with; a finished stage has a copy of its own.
-    source = folder if (folder / "tokenizer_config.json").exists() else Path(meta["source"])
-    if not source.exists():
-        raise InputMissing(
-            f"the model this stage started from, {source}, isn't there, and so its tokenizer isn't",
-            where=str(folder),
-            fix="put it back, or finish the stage",
-        )
+    source = folder if (folder / "tokenizer_config.json").exists() else stage.source
     tokenizer = load_tokenizer(source)
-    model = build(meta["hf"])
     out.mkdir(parents=True, exist_ok=True)
     save = save_flax if flax else save_params
-    save(out, params, model.specs, dtype=dtype, config=model.hf)
+    save(out, params, stage.model.specs, dtype=dtype, config=stage.model.exported(pad_id(tokenizer)))
     save_tokenizer(tokenizer, out)
-    save_generation_config(out, source, tokenizer)
+    if not stage.model.config.labels:
+        save_generation_config(out, source, tokenizer)
+    return stage.how
+
+
+def export_adapter(folder: Path, step: int, out: Path) -> str:
+    """Writes the adapter of `folder`/checkpoint-`step` as PEFT reads it, and returns the name of its base."""
+    stage = _Saved(folder, step)
+    stage.require_adapter("--adapter-only")
+    out.mkdir(parents=True, exist_ok=True)
+    stage.save_adapter(out)
+    return stage.base
+
+
+class _Saved:
+    """A checkpoint, and the frozen weights that it leaves out: they are read again from where the stage started."""
+
+    def __init__(self, folder: Path, step: int):
+        from ntjax.config import ModelConfig
+        from ntjax.leaves import load_part
+        from ntjax.models import build
+
+        self.folder = folder
+        self.trainable, self.meta = load_part(folder, step, "params/")
+        self.settings = ModelConfig.of(self.meta["model"])
+        self.model = build(self.meta["hf"], labels=int(self.meta["scores"]))
+        self.source, self.base = Path(self.meta["source"]), str(self.meta["base"])
+        self.how = ""
+
+    def require_adapter(self, flag: str) -> None:
+        """Raises `ConfigError` where all weights were trained."""
+        if not self.settings.use_lora:
+            raise ConfigError(f"{self.folder.name} trained no adapter", where=flag, fix="leave it out")
+
+    def policy(self) -> Policy:
+        """The weights as they were before the stage's first step."""
+        from ntjax.policy import adapters, load_policy
+
+        self.require_source("its weights")
+        folder = Path(self.meta["adapter"]) if self.meta["adapter"] else None
+        plan, adapter = adapters(self.settings, self.model.specs, folder, merge=self.meta["merge"])
+        how = {"plan": plan, "adapter": adapter, "merge": self.meta["merge"], "seed": self.meta["seed"]}
+        return load_policy(self.source, self.model, self.settings, **how)
+
+    def params(self) -> Params:
+        """The model's weights at the checkpoint."""
+        from ntjax.policy import is_quantised
+
+        self.require_source("its tokenizer")
+        if not self.settings.use_lora:
+            return self.trainable
+        policy = self.policy()
+        quantised = any(is_quantised(w) for w in policy.frozen.values())
+        self.how = f", the adapter merged{' into the dequantised weights' if quantised else ''}"
+        return policy.join(policy.frozen, self.trainable, None)
+
+    def save_adapter(self, out: Path) -> None:
+        """Writes the adapter as PEFT reads it."""
+        from ntjax.hf.peft import save_adapter
+
+        policy = self.policy()
+        assert policy.plan is not None
+        kind = "SEQ_CLS" if self.meta["scores"] else "CAUSAL_LM"
+        given = (policy.plan, self.trainable, self.model.specs, self.settings.lora_config, self.base)
+        save_adapter(out, *given, task_type=kind, start=policy.start)
+
+    def require_source(self, what: str) -> None:
+        """Raises `InputMissing` where the model the stage started from is gone."""
+        if not self.source.exists() and (
+            what == "its weights" or not (self.folder / "tokenizer_config.json").exists()
+        ):
+            raise InputMissing(
+                f"the model this stage started from, {self.source}, isn't there, and so {what} can't be read",
+                where=str(self.folder),
+                fix="put it back, or finish the stage",
+            )
 
 
 def _checkpoint(path: Path) -> tuple[Path, int]:

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     """Parses the command line and prints completions."""
     parser = argparse.ArgumentParser("ntjax generate", description="Samples from a model folder.")
     parser.add_argument("--model", required=True, help="a Hugging Face folder or repository")
-    parser.add_argument("--adapter", help="a PEFT adapter folder")
+    parser.add_argument("--adapter", help="a PEFT adapter folder; --model is the model it was trained on")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt: a user's turn if the model has a chat template")
     source.add_argument(
@@ -49,10 +49,6 @@ def main(argv: Sequence[str]) -> None:
             where="command line",
             fix="at least one token; temperature and top-k from 0; top-p above 0, at most 1",
         )
-    if args.adapter:
-        raise ConfigError(
-            "adapters aren't there yet", where="--adapter", fix="merge it and name the merged folder"
-        )
     sampler = Sampler(args)
     if args.chat:
         sampler.chat()
@@ -71,6 +67,7 @@ class Sampler:
         from ntjax.hf.files import read_config
         from ntjax.hf.folder import load_params
         from ntjax.hf.hub import locate
+        from ntjax.hf.peft import load_adapter
         from ntjax.hf.tokenizer import load_tokenizer
         from ntjax.models import build
         from ntjax.sampler import Sampling
@@ -81,6 +78,9 @@ class Sampler:
         self.tokenizer: Any = load_tokenizer(folder)
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self.params = load_params(folder, self.model.specs, dtype=args.dtype, sharding=lambda path: place)
+        if args.adapter:
+            plan, adapter = load_adapter(locate(args.adapter), self.model.specs)
+            self.params = plan.join(self.params, adapter)
         self.stop_ids = stop_ids(folder, self.tokenizer)
         self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 

@@ -6,10 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ntjax import errors
 from ntjax.errors import ConfigError
+
+PARTS = ("chosen", "rejected")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,12 +23,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--stage", help="name or type; the first by default")
     parser.add_argument("--rows", type=int, default=3, help="how many rows, from the start of the file")
-    parser.add_argument("--json", action="store_true", help='{"tokens", "text", "mask", "truncated"} a line')
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='{"tokens", "text", "mask", "truncated"} a line, of pairs "part" too',
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args(argv)
 
-    from ntjax.config import load_config, refuse_unbuilt
+    from ntjax.config import dataset_for, load_config, refuse_unbuilt
 
     config = load_config(args.config, args.overrides)
     refuse_unbuilt(config)
@@ -45,26 +52,38 @@ def main(argv: Sequence[str]) -> None:
         config.model.model_name_or_path, cache_dir=config.model.cache_dir, folders=[config.path.parent]
     )
     tokenizer: Any = load_tokenizer(folder)
+    name, dataset = dataset_for(config, named[0])
+    if dataset.streaming:  # the first rows are all that is looked at
+        read = replace(dataset, streaming=False, num_samples=args.rows)
+        config = replace(config, datasets={**config.datasets, name: read})
     encoded, _ = encoded_rows(config, named[0], tokenizer, read_config(folder)["vocab_size"])
+    assert encoded is not None
     for index in range(min(args.rows, len(encoded))):
-        show(encoded.example(index), tokenizer, as_json=args.json)
+        documents = encoded.example(index).documents
+        for part, document in zip(PARTS if len(documents) > 1 else [None], documents, strict=True):
+            show(document, tokenizer, part, as_json=args.json)
     if not args.json:
         print(encoded.report())
 
 
-def show(example: Any, tokenizer: Any, *, as_json: bool) -> None:
-    """One row: learned tokens in green and the others dim on a terminal, learned ones in [[ ]] elsewhere."""
+def show(example: Any, tokenizer: Any, part: str | None = None, *, as_json: bool) -> None:
+    """A document: learned tokens in green and the others dim on a terminal, learned ones in [[ ]] elsewhere.
+
+    `part` says which of a pair it is.
+    """
     tokens = example.tokens.tolist()
     mask = [bool(m) for m in example.mask]
     if as_json:
         text = [tokenizer.decode([token]) for token in tokens]
         row = {"tokens": tokens, "text": text, "mask": mask, "truncated": bool(example.truncated)}
-        print(json.dumps(row, ensure_ascii=False))
+        print(json.dumps(({"part": part} if part else {}) | row, ensure_ascii=False))
         return
     from rich.console import Console
     from rich.text import Text
 
     console = Console(file=sys.stdout)
+    if part:
+        console.print(f"{part}:", style="bold", highlight=False)
     line = Text()
     for learned, run in _runs(tokens, mask):
         text = tokenizer.decode(run)

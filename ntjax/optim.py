@@ -36,7 +36,10 @@ def direction(stage: StageConfig, specs: Specs) -> optax.GradientTransformation:
     if stage.optimizer == "sgd":
         return decay
     if stage.optimizer == "muon":
-        labels = {path: "muon" if spec.stacked and decays(spec) else "adam" for path, spec in specs.items()}
+        labels = {
+            path: "muon" if spec.stacked and len(spec.torch_shape) > 1 else "adam"
+            for path, spec in specs.items()
+        }
         parts = {"muon": per_tensor(_muon(), specs), "adam": optax.scale_by_adam(b1, b2, eps)}
         return optax.chain(optax.multi_transform(parts, lambda params: {p: labels[p] for p in params}), decay)
     return optax.chain(optax.scale_by_adam(b1, b2, eps), decay)

@@ -96,8 +96,8 @@ def weight(sizes: Mapping[str, int], axes: str, hf: str, init: str = "normal") -
 
 
 def decays(spec: Spec) -> bool:
-    """Whether weight decay applies: to matrices and embeddings, not to biases and norms (as transformers)."""
-    return len(spec.torch_shape) > 1
+    """Whether weight decay applies: to all but biases and norms (as transformers, which counts DoRA's lengths in)."""
+    return len(spec.torch_shape) > 1 or spec.hf.endswith(".lora_magnitude_vector")
 
 
 def initial(specs: Specs, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:

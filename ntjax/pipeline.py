@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ntjax.config import Config, refuse_unbuilt, to_toml
-from ntjax.errors import ConfigError, Preempted
+from ntjax.errors import ConfigError, InputMissing, Preempted
 from ntjax.metrics import require_wandb
 from ntjax.runs import Resume, find_resume, is_done, new_run, refuse_used, unmark
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
 
+ADAPTER_CONFIG, ADAPTER_FOLDER = "adapter_config.json", "adapter"
 log = logging.getLogger("ntjax")
 
 
@@ -55,7 +57,6 @@ def _run_stages(
     allow_changed: bool,
     stop: StopRequest,
 ) -> None:
-    from ntjax.hf.hub import locate
     from ntjax.prepare import Job, prepare
     from ntjax.trainer import train
 
@@ -70,13 +71,12 @@ def _run_stages(
         if where and is_done(folder):
             log.info("%s is done already", stage.stage_name)
             continue
-        source = locate(
-            _source(config, index, run_folder), cache_dir=config.model.cache_dir, folders=[config.path.parent]
-        )
+        start = _start(config, stage, _source(config, index, run_folder))
         goes_on = where is not None and (named is None or index <= named)
         step = where.step if where and index == named else None
-        log.info("%s starts from %s", stage.stage_name, source)
-        setup = prepare(Job(config, stage, source, folder, goes_on, step, allow_changed))
+        log.info("%s starts from %s", stage.stage_name, start)
+        job = Job(config, stage, start.source, folder, start.base, start.adapter, start.merge)
+        setup = prepare(replace(job, resume=goes_on, resume_step=step, allow_changed=allow_changed))
         # A resumed run may have other settings of those that are free to change, or allowed to.
         (run_folder / "config.toml").write_text(to_toml(config))
         if stop.requested:
@@ -113,7 +113,7 @@ def stage_folder(config: Config, stage: StageConfig, run_folder: Path) -> Path:
 
 def _source(config: Config, index: int, run_folder: Path) -> str:
     """What a stage starts from: `load_from` (a folder, a repository or a stage of this run), else the result of the
-    nearest earlier stage that has one, else the model."""
+    nearest earlier stage that has one, else the model. A reward model is no start for what isn't one."""
     stage = config.stages[index]
     earlier = {s.stage_name: stage_folder(config, s, run_folder) for s in config.stages[:index]}
     if stage.load_from:
@@ -121,8 +121,60 @@ def _source(config: Config, index: int, run_folder: Path) -> str:
             if name in earlier:
                 return str(earlier[name])
         return stage.load_from
-    done = [folder for folder in earlier.values() if is_done(folder)]
+    usable = [s for s in config.stages[:index] if stage.scores or not s.scores]
+    done = [earlier[s.stage_name] for s in usable if is_done(earlier[s.stage_name])]
     return str(done[-1]) if done else config.model.model_name_or_path
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights, what people and PEFT call them, and the PEFT folder of an adapter that is trained on or merged."""
+
+    source: Path
+    base: str
+    adapter: Path | None = None
+    merge: bool = False
+
+    def __str__(self) -> str:
+        if self.adapter is None:
+            return str(self.source)
+        return f"{self.base} with the adapter in {self.adapter}{', merged' if self.merge else ''}"
+
+
+def _start(config: Config, stage: StageConfig, name: str) -> Start:
+    """What the folder or repository `name` means to a stage.
+
+    A stage's folder holds its model with the adapter merged, and the adapter beside it: with LoRA the next stage
+    goes on with the adapter, on the base it was trained on, unless PiSSA or `merge_adapter` starts a new one. A folder
+    with nothing but an adapter stands for it and its base.
+    """
+    from ntjax.hf.hub import locate
+    from ntjax.hf.peft import read_adapter_config
+
+    def found(name: str) -> tuple[Path, str]:
+        folder = locate(name, cache_dir=config.model.cache_dir, folders=[config.path.parent])
+        return folder, name if folder.parent.name == "snapshots" else str(folder.resolve())
+
+    source, base = found(name)
+    alone = (source / ADAPTER_CONFIG).exists() and not (source / "config.json").exists()
+    adapter = source if alone else source / ADAPTER_FOLDER
+    pissa = str(config.model.lora_config.init_lora_weights).startswith("pissa")
+    afresh = stage.merge_adapter or pissa or not config.model.use_lora
+    if not alone and (afresh or not (adapter / ADAPTER_CONFIG).exists()):
+        return Start(source, base)
+    if alone and afresh and config.model.use_lora:
+        raise ConfigError(
+            f"{source} is an adapter without its model, so a new one on the merged weights would have no base to name",
+            where=config.where(f"stages.{config.stages.index(stage)}.merge_adapter"),
+            fix="go on with the adapter: without merge_adapter and PiSSA",
+        )
+    named = read_adapter_config(adapter)[1]
+    if named is None:
+        where = str(adapter / ADAPTER_CONFIG)
+        raise InputMissing(
+            "it doesn't say which model it is for", where=where, fix="write base_model_name_or_path"
+        )
+    return Start(*found(named), adapter, afresh)
 
 
 def _log_to(path: Path) -> None:

@@ -6,24 +6,31 @@ Whatever can go wrong cheaply goes wrong here, before weights are read.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ntjax import lookup
+from ntjax import lookup, lora
 from ntjax.checkpoint import read_meta, saved_steps
 from ntjax.config import Config, dataset_for
 from ntjax.data.encode import check_stop_token
-from ntjax.data.encoded import Encoded
-from ntjax.data.loader import Plan
-from ntjax.errors import CheckpointError
+from ntjax.data.lazy import open_lazily
+from ntjax.data.loader import Examples, Plan
+from ntjax.data.text import TextEncoder
+from ntjax.errors import CheckpointError, ConfigError
+from ntjax.feed import Feed, Planned, Streamed
 from ntjax.hf.files import read_config
+from ntjax.hf.hub import locate
 from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id
 from ntjax.mesh import make_mesh
-from ntjax.models import Model, build
+from ntjax.models import Model, build, is_scoring, scoring_config
+from ntjax.params import Params
+from ntjax.policy import adapters
 from ntjax.runs import check_unchanged
 from ntjax.stages.base import StageConfig
 from ntjax.stages.rows import stage_rows
@@ -37,113 +44,194 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A stage to run: what it starts from, where it writes, and whether it goes on from a checkpoint there."""
+    """A stage to run: what it starts from, where it writes, and whether it goes on from a checkpoint there.
+
+    `base` is the name of `source` for people and for PEFT. `adapter` is a PEFT folder whose adapter is trained on, or
+    merged into the weights of `source` first if `merge`.
+    """
 
     config: Config
     stage: StageConfig
     source: Path
     folder: Path
+    base: str = ""
+    adapter: Path | None = None
+    merge: bool = False
     resume: bool = False
     resume_step: int | None = None  # None: the newest
     allow_changed: bool = False
 
 
 @dataclass(frozen=True)
-class Data:
-    """Examples, and the plan that says which of them each step sees."""
-
-    plan: Plan
-    examples: Encoded
-
-    def tokens(self, step: int) -> int:
-        """Tokens, padding left out, that a step reads over all processes."""
-        return sum(
-            int(self.plan.lengths[row]) for rows in self.plan.slots(step) for slot in rows for row in slot
-        )
-
-
-@dataclass(frozen=True)
 class Setup:
-    """All that a stage needs but its weights. `settings` are what must not differ when it is resumed."""
+    """All that a stage needs but its weights. `settings` are what must not differ when it is resumed.
+
+    `adapters` says which are trained, None that all weights are; `adapter` is what was trained of one before.
+    `reference` is the model a stage is held against, where it isn't its own start.
+    """
 
     job: Job
     tokenizer: Any
     model: Model
+    adapters: lora.Plan | None
+    adapter: tuple[lora.Plan, Params] | None
+    reference: tuple[Model, Path] | None
     mesh: jax.sharding.Mesh
-    train: Data
-    evaluation: Data | None
+    train: Feed
+    evaluation: Planned | None
     settings: dict[str, Any]
 
 
 def prepare(job: Job) -> Setup:
     """Reads everything but the weights; every error that data or settings can cause is raised here."""
-    config, stage = job.config, job.stage
-    # Filled in when the config was resolved.
-    assert stage.seed is not None
-    assert stage.per_device_eval_batch_size is not None
+    stage = job.stage
     hf = read_config(job.source)
-    model = build(hf, dtype=config.compute_dtype(stage), remat=bool(stage.gradient_checkpointing))
+    model = _model(hf, job)
+    plan, adapter = _adapters(job, model)
     tokenizer = load_tokenizer(job.source)
     check_vocab(tokenizer, model.config.vocab)
     if pad_id(tokenizer) == tokenizer.eos_token_id:
         log.info("%s: rows are padded with the end token %r, masked", stage.stage_name, tokenizer.eos_token)
-    train, evaluation = encoded_rows(config, stage, tokenizer, model.config.vocab)
-    log.info("%s: %s", stage.stage_name, train.report())
-    if warning := check_stop_token(train, tokenizer):
-        log.warning("warning: %s", warning)
     mesh = make_mesh()
-    dataset = dataset_for(config, stage)[1]
-    data = Data(
-        Plan(
-            train.lengths,
-            stage.row_length,
-            stage.per_device_train_batch_size * mesh.size,
-            stage.gradient_accumulation_steps,
-            stage.num_train_epochs,
-            stage.max_steps,
-            dataset.shuffle,
-            stage.seed,
-            stage.packs,
-        ),
-        train,
-    )
-    rows = data.plan.rows_per_microbatch * data.plan.accumulation
-    log.info("%s: %d steps of %d rows on %d devices", stage.stage_name, data.plan.steps, rows, mesh.size)
-    held_out = None
-    if stage.do_eval and evaluation is not None:
-        rows = stage.per_device_eval_batch_size * mesh.size
-        plan = Plan(evaluation.lengths, stage.row_length, rows, shuffle=False, packing=stage.packs)
-        held_out = Data(plan, evaluation)
-    settings = _settings(job, train)
+    train, evaluation, digest = _feeds(job, tokenizer, model.config.vocab, mesh.size)
+    log.info("%s: %d steps on %d devices", stage.stage_name, train.steps, mesh.size)
+    settings = _settings(job, digest)
     if job.resume:
         _check_settings(job, settings)
-    return Setup(job, tokenizer, model, mesh, data, held_out, settings)
+    return Setup(job, tokenizer, model, plan, adapter, _reference(job), mesh, train, evaluation, settings)
+
+
+def _model(hf: dict[str, Any], job: Job) -> Model:
+    """The stage's model; a folder that holds a reward model is no policy."""
+    config, stage = job.config, job.stage
+    if is_scoring(hf) and not stage.scores:
+        raise ConfigError(
+            f"{job.source} is a reward model: it has no language head to train in {stage.stage_name}",
+            where=config.where(f"stages.{config.stages.index(stage)}.load_from"),
+            fix="name a language model, or the stage before the reward model with load_from",
+        )
+    if "quantization_config" in hf and not config.model.use_lora:
+        raise ConfigError(
+            f"{job.source} is quantised: its weights are frozen, and nothing would be trained",
+            where=config.where("model.model_name_or_path"),
+            fix="set use_lora = true, or name the unquantised model",
+        )
+    return build(
+        scoring_config(hf) if stage.scores else hf,
+        dtype=config.compute_dtype(stage),
+        remat=bool(stage.gradient_checkpointing),
+        labels=int(stage.scores),
+        attention=config.attention,
+    )
+
+
+def _adapters(job: Job, model: Model) -> tuple[lora.Plan | None, tuple[lora.Plan, Params] | None]:
+    """What the stage trains of adapters, and the adapter that it starts from or merges."""
+    config = job.config
+    plan, adapter = adapters(
+        config.model,
+        model.specs,
+        job.adapter,
+        merge=job.merge,
+        where=lambda setting: config.where(f"model.lora_config.{setting}"),
+    )
+    if plan is not None and getattr(job.stage, "disable_dropout", False):
+        plan = replace(plan, rate=0.0)
+    return plan, adapter
+
+
+def _reference(job: Job) -> tuple[Model, Path] | None:
+    """The model that `reference_model_path` names."""
+    config, stage = job.config, job.stage
+    if getattr(stage, "sync_ref_model", False) and config.model.use_lora:
+        raise ConfigError(
+            "with adapters the reference is the frozen model, which can't follow the policy",
+            where=config.where(f"stages.{config.stages.index(stage)}.sync_ref_model"),
+            fix="leave it out, or train all weights with use_lora = false",
+        )
+    named = getattr(stage, "reference_model_path", None)
+    if named is None:
+        return None
+    folder = locate(named, cache_dir=config.model.cache_dir, folders=[config.path.parent])
+    hf = read_config(folder)
+    return build(hf, dtype=config.compute_dtype(stage), attention=config.attention), folder
+
+
+def _feeds(job: Job, tokenizer: Any, vocab: int, devices: int) -> tuple[Feed, Planned | None, str]:
+    """What the stage is trained and evaluated on, and a digest of the former."""
+    config, stage = job.config, job.stage
+    dataset, pad = dataset_for(config, stage)[1], pad_id(tokenizer)
+    assert stage.seed is not None
+    assert stage.per_device_eval_batch_size is not None
+    rows, accumulation = stage.per_device_train_batch_size * devices, stage.gradient_accumulation_steps
+    examples, held_out = encoded_rows(config, stage, tokenizer, vocab)
+    evaluation = None
+    if held_out is not None:
+        many = stage.per_device_eval_batch_size * devices
+        plan = Plan(held_out.lengths, stage.row_length, many, shuffle=False, packing=stage.packs)
+        evaluation = Planned(replace(plan, in_order=stage.packs_in_order), held_out, pad)
+    if examples is None:
+        encoder = TextEncoder(tokenizer, dataset, None, _formatting(config, stage))
+        source = open_lazily(dataset, [config.path.parent, Path.cwd()])
+        for read, where in islice(source(0), 1):
+            encoder.check(read(), where)
+        log.info("%s: rows are streamed in the order of the files", stage.stage_name)
+        many = dataset.max_bad_rows
+        feed = Streamed(source, encoder, stage.max_steps, stage.row_length, rows, accumulation, many, pad)
+        return feed, evaluation, source.digest()
+    log.info("%s: %s", stage.stage_name, examples.report())
+    if stage.learns_to_stop and (warning := check_stop_token(examples, tokenizer)):
+        log.warning("warning: %s", warning)
+    plan = Plan(
+        examples.lengths,
+        stage.row_length,
+        rows,
+        accumulation,
+        stage.num_train_epochs,
+        stage.max_steps,
+        dataset.shuffle,
+        stage.seed,
+        stage.packs,
+        stage.packs_in_order,
+    )
+    return Planned(plan, examples, pad), evaluation, examples.digest()
 
 
 def encoded_rows(
     config: Config, stage: StageConfig, tokenizer: Any, vocab: int
-) -> tuple[Encoded, Encoded | None]:
-    """The stage's training examples, and its evaluation examples where it evaluates."""
-    name, dataset = dataset_for(config, stage)
-    function = None
-    if dataset.formatting_func is not None:
-        place = config.where(f"datasets.{name}.formatting_func")
-        function = lookup.function(dataset.formatting_func, config.path.parent, place)
+) -> tuple[Examples | None, Examples | None]:
+    """The stage's training examples, None where they are streamed, and its evaluation examples where it evaluates."""
+    dataset = dataset_for(config, stage)[1]
+    function = _formatting(config, stage)
     assert stage.seed is not None
     rows, held_out = stage_rows(config, dataset, stage.seed)
-    encoded = stage.encode(rows, tokenizer, dataset, function, vocab)
+    encoded = None if rows is None else stage.encode(rows, tokenizer, dataset, function, vocab)
     if held_out is None or not stage.do_eval:
         return encoded, None
     return encoded, stage.encode(held_out, tokenizer, dataset, function, vocab)
 
 
-def _settings(job: Job, train: Encoded) -> dict[str, Any]:
+def _formatting(config: Config, stage: StageConfig) -> Callable[..., Any] | None:
+    """The data set's `formatting_func`."""
+    name, dataset = dataset_for(config, stage)
+    if dataset.formatting_func is None:
+        return None
+    place = config.where(f"datasets.{name}.formatting_func")
+    return lookup.function(dataset.formatting_func, config.path.parent, place)
+
+
+def _settings(job: Job, digest: str) -> dict[str, Any]:
     """Everything that decides what the stage computes."""
     stage = {key: value for key, value in asdict(job.stage).items() if key not in FREE}
     stage = {key: value for key, value in stage.items() if not key.startswith(("eval_", "logging_"))}
-    model = {f"model.{key}": getattr(job.config.model, key) for key in ("dtype", "param_dtype")}
+    settings = job.config.model
+    model = {f"model.{key}": getattr(settings, key) for key in ("dtype", "param_dtype")}
+    if settings.use_lora:
+        model |= {f"model.lora_config.{key}": value for key, value in asdict(settings.lora_config).items()}
+        model |= {f"model.{key}": getattr(settings, key) for key in ("load_in_4bit", "load_in_8bit")}
+        model |= {f"model.bnb_config.{key}": value for key, value in asdict(settings.bnb_config).items()}
     shuffle = dataset_for(job.config, job.stage)[1].shuffle
-    everything = {**stage, **model, "devices": jax.device_count(), "shuffle": shuffle, "data": train.digest()}
+    everything = {**stage, **model, "devices": jax.device_count(), "shuffle": shuffle, "data": digest}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in everything.items()}
 
 

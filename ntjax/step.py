@@ -10,6 +10,8 @@ divided once by the summed weight, so one microbatch or eight give the same upda
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ from ntjax.params import Params
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[Params, Batch], Metrics]
+Join = Callable[
+    [Params, Params, jax.Array | None], Params
+]  # (frozen, trainable, dropout key) -> the model's weights
 Step = Callable[["TrainState", Params, Batch], tuple["TrainState", Metrics]]
 
 
@@ -32,6 +37,7 @@ class TrainState:
     step: jax.Array
     params: Params  # the trainable ones
     opt_state: optax.OptState
+    reference: Params | None = None  # where it follows the policy; a step leaves it as it is
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -39,17 +45,43 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation) -> Tr
     return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
 
 
+@partial(jax.jit, donate_argnums=0)
+def mix(reference: Params, params: Params, share: float) -> Params:
+    """share * params + (1 - share) * reference."""
+    return jax.tree.map(
+        lambda old, new: (share * new + (1 - share) * old).astype(old.dtype), reference, params
+    )
+
+
+def union(frozen: Params, trainable: Params, key: jax.Array | None = None) -> Params:
+    """The model's weights where each is either trained or frozen as a whole: the plain `Join`."""
+    return {**frozen, **trainable}
+
+
 def train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, schedule: Schedule, max_grad_norm: float
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    max_grad_norm: float,
+    join: Join = union,
+    seed: int = 0,
 ) -> Step:
     """The step that minimises `loss`; compiled by the caller.
 
+    `join` makes the weights that `loss` takes of the frozen and the trainable ones, with a key that depends on the
+    seed, the step and the microbatch alone, so that a resumed run drops out what it would have dropped out.
     Gradients are clipped to a global norm of `max_grad_norm` (0: not at all). If any gradient is not finite the
     weights and the optimizer's state stay bit for bit what they were; the metric `skipped` counts it.
     """
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = _summed_gradients(loss, state.params, frozen, batch)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def total(trainable: Params, micro: Batch, index: jax.Array) -> tuple[jax.Array, Metrics]:
+            metrics = loss(join(frozen, trainable, jax.random.fold_in(key, index)), micro)
+            return metrics["loss"].total, metrics
+
+        grads, metrics = _summed_gradients(total, state.params, batch)
         scale = 1 / jnp.maximum(metrics["loss"].weight, 1)
         norm = optax.tree.norm(grads) * scale
         finite = jnp.isfinite(norm)
@@ -69,15 +101,18 @@ def train_step(
             "learning_rate": Mean(rate, one),
             "skipped": Mean(1.0 - finite, one),
         }
-        return TrainState(state.step + 1, *kept), metrics
+        params, opt_state = kept
+        return TrainState(state.step + 1, params, opt_state, state.reference), metrics
 
     return step
 
 
-def eval_step(loss: Loss) -> Callable[[Params, Batch], Metrics]:
-    """Metrics of a batch [microbatches, rows, ...] under `params`, summed over its microbatches."""
+def eval_step(loss: Loss, join: Join = union) -> Callable[[Params, Params, Batch], Metrics]:
+    """Metrics of a batch [microbatches, rows, ...], summed over its microbatches: (trainable, frozen, batch) ->."""
 
-    def step(params: Params, batch: Batch) -> Metrics:
+    def step(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
+        params = join(frozen, trainable, None)
+
         def one(total: Metrics, micro: Batch) -> tuple[Metrics, None]:
             return jax.tree.map(jnp.add, total, loss(params, micro)), None
 
@@ -88,20 +123,19 @@ def eval_step(loss: Loss) -> Callable[[Params, Batch], Metrics]:
     return step
 
 
-def _summed_gradients(loss: Loss, params: Params, frozen: Params, batch: Batch) -> tuple[Params, Metrics]:
+def _summed_gradients(
+    total: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]], params: Params, batch: Batch
+) -> tuple[Params, Metrics]:
     """Gradient of the loss's total, and the metrics, each summed over the microbatches."""
-
-    def total(trainable: Params, micro: Batch) -> tuple[jax.Array, Metrics]:
-        metrics = loss({**frozen, **trainable}, micro)
-        return metrics["loss"].total, metrics
-
     gradient = jax.grad(total, has_aux=True)
     first = jax.tree.map(lambda x: x[0], batch)
-    if jax.tree.leaves(batch)[0].shape[0] == 1:
-        return gradient(params, first)
+    count = jax.tree.leaves(batch)[0].shape[0]
+    if count == 1:
+        return gradient(params, first, jnp.zeros((), jnp.int32))
 
-    def one(summed: tuple[Params, Metrics], micro: Batch) -> tuple[tuple[Params, Metrics], None]:
-        return jax.tree.map(jnp.add, summed, gradient(params, micro)), None
+    def one(summed: tuple[Params, Metrics], scanned: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, summed, gradient(params, *scanned)), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first))
-    return jax.lax.scan(one, zeros, batch)[0]
+    shapes = jax.eval_shape(gradient, params, first, jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(one, zeros, (batch, jnp.arange(count)))[0]

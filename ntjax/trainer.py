@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,23 @@ import jax
 import numpy as np
 
 from ntjax.checkpoint import Checkpoints
-from ntjax.data.loader import Plan, batches
 from ntjax.errors import ConfigError, Diverged, Preempted
-from ntjax.hf.folder import load_params, save_params
+from ntjax.feed import Fed, Feed
+from ntjax.hf.folder import save_params
+from ntjax.hf.peft import save_adapter
 from ntjax.hf.tokenizer import pad_id, save_generation_config, save_tokenizer
 from ntjax.mesh import place_batch, replicated
 from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics
 from ntjax.optim import direction, schedule
 from ntjax.params import Params
-from ntjax.prepare import Data, Job, Setup
+from ntjax.policy import Policy, is_quantised, load_policy, size
+from ntjax.prepare import Job, Setup
 from ntjax.progress import Progress
+from ntjax.reference import reference_scores, with_reference
 from ntjax.runs import mark_done
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
-from ntjax.step import TrainState, eval_step, initial_state, train_step
+from ntjax.step import Batch, TrainState, eval_step, initial_state, mix, train_step
 
 MAX_SKIPPED = 5  # non-finite steps in a row before the run is called diverged
 log = logging.getLogger(__name__)
@@ -38,13 +41,15 @@ def train(setup: Setup, stop: StopRequest) -> None:
     """Trains the stage to its end and leaves a Hugging Face folder, or saves and raises `Preempted` on a signal."""
     job, stage = setup.job, setup.job.stage
     job.folder.mkdir(parents=True, exist_ok=True)
-    place = replicated(setup.mesh)
-    specs, dtype = setup.model.specs, job.config.model.param_dtype
-    params = load_params(job.source, specs, dtype=dtype, sharding=lambda path: place)
+    policy = start(setup)
+    setup, reference = with_reference(setup, policy)
     # All of it as the step gives it back: else the second step would be compiled anew.
-    state = jax.device_put(initial_state(params, direction(stage, specs)), place)
+    state = initial_state(policy.trainable, direction(stage, policy.specs))
+    if getattr(stage, "sync_ref_model", False):
+        state, reference = replace(state, reference=reference), None
+    state = jax.device_put(state, replicated(setup.mesh))
     checkpoints = Checkpoints(job.folder, keep=stage.save_total_limit, best=best_mode(stage))
-    loop = Loop(setup, state, checkpoints)
+    loop = Loop(setup, policy, state, reference, checkpoints)
     try:
         if job.resume and checkpoints.latest() is not None:
             loop.restore()
@@ -55,8 +60,8 @@ def train(setup: Setup, stop: StopRequest) -> None:
     finally:
         checkpoints.close()
         loop.log.close()
-    export(setup, loop.best_params())
-    mark_done(job.folder, {"steps": setup.train.plan.steps, "last": loop.last_record})
+    export(setup, policy, loop.best_params())
+    mark_done(job.folder, {"steps": setup.train.steps, "last": loop.last_record})
 
 
 def best_mode(stage: StageConfig) -> Any:
@@ -75,19 +80,32 @@ class Loop:
     `pending` is the step whose metrics are still on the device.
     """
 
-    def __init__(self, setup: Setup, state: TrainState, checkpoints: Checkpoints):
-        job, self.stage, self.plan = setup.job, setup.job.stage, setup.train.plan
+    def __init__(
+        self,
+        setup: Setup,
+        policy: Policy,
+        state: TrainState,
+        reference: Params | None,
+        checkpoints: Checkpoints,
+    ):
+        job, self.stage, self.feed = setup.job, setup.job.stage, setup.train
+        assert self.stage.seed is not None
         loss = self.stage.loss(setup.model)
-        optimizer = direction(self.stage, setup.model.specs)
-        step = train_step(loss, optimizer, schedule(self.stage, self.plan.steps), self.stage.max_grad_norm)
+        optimizer = direction(self.stage, policy.specs)
+        rate, clip = schedule(self.stage, self.feed.steps), self.stage.max_grad_norm
+        step = train_step(loss, optimizer, rate, clip, policy.join, self.stage.seed)
         self.setup, self.state, self.checkpoints = setup, state, checkpoints
+        self.frozen, self.reference = policy.frozen, reference
         self.step = jax.jit(step, donate_argnums=0)
-        self.evaluate_batch = jax.jit(eval_step(loss))
+        self.evaluate_batch = jax.jit(eval_step(loss, policy.join))
+        self.score = reference_scores(setup)
         self.log = MetricsLog(job.folder, tensorboard=_tensorboard(job), wandb=_wandb(job))
-        self.progress = Progress(self.stage.stage_name, self.plan.steps)
+        self.progress = Progress(self.stage.stage_name, self.feed.steps)
         self.window = Window()
         self.done = 0  # steps dispatched
-        self.pending: tuple[int, Metrics] | None = None
+        self.epoch = 0.0  # passes over the data after `done` steps
+        self.position: dict[str, int] | None = None  # in a stream, after `done` steps
+        self.pending: tuple[int, Metrics, Fed] | None = None
         self.skipped = 0  # non-finite steps in a row
         self.last_record: dict[str, Any] = {}
         self.last_metric: float | None = None
@@ -100,28 +118,30 @@ class Loop:
         self.checkpoints.discard_after(self.done)
         self.window = Window.from_state(meta["window"])
         self.last_metric, self.skipped = meta["metric"], meta["skipped"]
+        self.epoch, self.position = meta["epoch"], meta["position"]
         self.log.rewind(self.done)
         self.last_record = (read_metrics(job.folder) or [{}])[-1]
-        self.progress = Progress(self.stage.stage_name, self.plan.steps, start=self.done)
-        log.info("%s: resuming at step %d of %d", self.stage.stage_name, self.done, self.plan.steps)
+        self.progress = Progress(self.stage.stage_name, self.feed.steps, start=self.done)
+        log.info("%s: resuming at step %d of %d", self.stage.stage_name, self.done, self.feed.steps)
 
     def run(self, stop: StopRequest) -> None:
         """Runs the steps that are left."""
-        stage, plan, mesh = self.stage, self.plan, self.setup.mesh
-        rows = _batches(self.setup.train, self.setup.tokenizer, start=self.done)
-        steps_left = self.done < plan.steps
+        stage, feed = self.stage, self.feed
+        steps_left = self.done < feed.steps
         self.clock = time.perf_counter()
-        with self.progress:
-            for batch in rows:
-                self.state, metrics = self.step(self.state, {}, place_batch(batch, mesh))
+        with self.progress, feed.open(self.done, self.position) as rows:
+            for fed in rows:
+                self.state, metrics = self.step(self.state, self.frozen, self.prepared(fed.batch))
                 self.collect()
                 self.done += 1
-                self.pending = self.done, metrics
-                if self.setup.evaluation and due(stage.eval_strategy, stage.eval_steps, self.done, plan):
+                self.epoch, self.position = fed.epoch, fed.position
+                self.sync()
+                self.pending = self.done, metrics, fed
+                if self.setup.evaluation and due(stage.eval_strategy, stage.eval_steps, self.done, feed):
                     self.evaluate()
-                if self.done < plan.steps and due(stage.save_strategy, stage.save_steps, self.done, plan):
+                if self.done < feed.steps and due(stage.save_strategy, stage.save_steps, self.done, feed):
                     self.save()  # the last one is saved with its evaluation, below
-                if stop.requested and self.done < plan.steps:
+                if stop.requested and self.done < feed.steps:
                     self.preempt(stop.requested.name)
             self.collect()
             if self.setup.evaluation and stage.eval_strategy == "no" and steps_left:
@@ -129,11 +149,27 @@ class Loop:
             if stage.save_strategy != "no":
                 self.save()
 
+    def prepared(self, batch: dict[str, np.ndarray]) -> Batch:
+        """The batch on the devices, with what the reference model says of it where the loss asks for that."""
+        placed = place_batch(batch, self.setup.mesh)
+        reference = self.reference if self.state.reference is None else self.state.reference
+        if self.score is None or reference is None:
+            return placed
+        return {**placed, **self.score(reference, placed)}
+
+    def sync(self) -> None:
+        """Moves the reference towards the policy where the stage asks for that (TR-DPO, arXiv:2404.09656)."""
+        if self.state.reference is None or self.done % self.stage.ref_model_sync_steps:  # type: ignore[attr-defined]
+            return
+        share = self.stage.ref_model_mixup_alpha  # type: ignore[attr-defined]
+        mixed = mix(self.state.reference, self.state.params, share)
+        self.state = replace(self.state, reference=mixed)
+
     def collect(self) -> None:
         """Fetches the metrics of the step before, and writes them if they end a logging window."""
         if self.pending is None:
             return
-        (step, metrics), self.pending = self.pending, None
+        (step, metrics, fed), self.pending = self.pending, None
         fetched = jax.device_get(metrics)
         nonfinite = bool(fetched.pop("skipped").total)
         self.skipped = self.skipped + 1 if nonfinite else 0
@@ -147,15 +183,15 @@ class Loop:
         if nonfinite:
             self.progress.note(f"step {step}: gradients are not finite; weights are left as they were")
             fetched = {}
-        self.window.add(fetched, self.setup.train.tokens(step - 1), trained)
-        if step % self.stage.logging_steps == 0 or step == self.plan.steps:
+        self.window.add(fetched, fed.tokens, trained)
+        if step % self.stage.logging_steps == 0 or step == self.feed.steps:
             now = time.perf_counter()
-            self.write(step, latest | self.window.finish(now - self.clock))
+            self.write(step, fed.epoch, latest | self.window.finish(now - self.clock))
             self.clock = now
 
-    def write(self, step: int, record: dict[str, float]) -> None:
+    def write(self, step: int, epoch: float, record: dict[str, float]) -> None:
         """One line of metrics.jsonl."""
-        self.last_record = {"step": step, "epoch": self.plan.epoch(step), **record}
+        self.last_record = {"step": step, "epoch": epoch, **record}
         self.log.write(self.last_record)
         log.debug("%s %s", self.stage.stage_name, self.last_record)
         self.progress.update(step, self.last_record)
@@ -166,9 +202,10 @@ class Loop:
         assert self.setup.evaluation is not None
         started = time.perf_counter()
         total: Metrics = {}
-        for batch in _batches(self.setup.evaluation, self.setup.tokenizer):
-            metrics = self.evaluate_batch(self.state.params, place_batch(batch, self.setup.mesh))
-            total = add(total, jax.device_get(metrics))
+        with self.setup.evaluation.open() as rows:
+            for fed in rows:
+                metrics = self.evaluate_batch(self.state.params, self.frozen, self.prepared(fed.batch))
+                total = add(total, jax.device_get(metrics))
         means = finish(total)
         record = {f"eval_{name}": value for name, value in means.items()}
         record["eval_perplexity"] = float(np.exp(means["loss"]))
@@ -178,7 +215,7 @@ class Loop:
             known = ", ".join(name.removeprefix("eval_") for name in record)
             raise ConfigError(f"metric_for_best_model: there is no {wanted}", fix=f"there are {known}")
         self.last_metric = record[wanted]
-        self.write(self.done, record)
+        self.write(self.done, self.epoch, record)
         self.clock += time.perf_counter() - started  # evaluating is not part of a step's time
 
     def save(self) -> None:
@@ -189,8 +226,9 @@ class Loop:
             "window": self.window.state(),
             "metric": self.last_metric,
             "skipped": self.skipped,
-            "source": str(self.setup.job.source),
-            "hf": self.setup.model.hf,
+            "epoch": self.epoch,
+            "position": self.position,
+            **origin(self.setup),
         }
         self.checkpoints.save(self.done, self.state, meta, self.last_metric)
 
@@ -200,7 +238,7 @@ class Loop:
         self.checkpoints.wait()
         folder, saved = self.setup.job.folder, self.checkpoints.latest()
         raise Preempted(
-            f"stopped by {signal} after step {self.done} of {self.plan.steps}; step {saved} is saved in {folder}",
+            f"stopped by {signal} after step {self.done} of {self.feed.steps}; step {saved} is saved in {folder}",
             interrupted=signal == "SIGINT",
             fix=f"go on with --resume {folder.parent}",
         )
@@ -218,21 +256,10 @@ def _abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def _batches(data: Data, tokenizer: Any, start: int = 0) -> Any:
-    return batches(
-        data.plan,
-        data.examples,
-        pad_id(tokenizer),
-        start=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def due(strategy: str, every: int | None, step: int, plan: Plan) -> bool:
+def due(strategy: str, every: int | None, step: int, feed: Feed) -> bool:
     """Whether an evaluation or a save falls on this step."""
     if strategy == "epoch":
-        return step % plan.steps_per_epoch == 0 or step == plan.steps
+        return step % feed.steps_per_epoch == 0 or step == feed.steps
     return strategy == "steps" and every is not None and step % every == 0
 
 
@@ -259,10 +286,64 @@ def _wandb(job: Job) -> WandbSettings | None:
     )
 
 
-def export(setup: Setup, params: Params) -> None:
-    """The stage's folder becomes a Hugging Face model, in `model.dtype`."""
-    job = setup.job
+def start(setup: Setup) -> Policy:
+    """The stage's weights before its first step."""
+    job, stage, place = setup.job, setup.job.stage, replicated(setup.mesh)
+    assert stage.seed is not None
+    policy = load_policy(
+        job.source,
+        setup.model,
+        job.config.model,
+        plan=setup.adapters,
+        adapter=setup.adapter,
+        merge=job.merge,
+        seed=stage.seed,
+        sharding=lambda path: place,
+    )
+    trained, frozen = size(policy.trainable), size(policy.frozen)
+    log.info(
+        "%s: trained are %s",
+        stage.stage_name,
+        f"{trained}, frozen are {frozen}" if policy.frozen else trained,
+    )
+    return replace(policy, frozen=jax.device_put(policy.frozen, place))
+
+
+def export(setup: Setup, policy: Policy, trainable: Params) -> None:
+    """The stage's folder becomes a Hugging Face model, in `model.dtype`; an adapter is merged, and beside it."""
+    job, stage = setup.job, setup.job.stage
     dtype = job.config.model.dtype
-    save_params(job.folder, params, setup.model.specs, dtype=dtype, config=setup.model.hf)
+    config = setup.model.exported(pad_id(setup.tokenizer))
+    params = policy.join(policy.frozen, trainable, None)
+    save_params(job.folder, params, setup.model.specs, dtype=dtype, config=config)
     save_tokenizer(setup.tokenizer, job.folder)
-    save_generation_config(job.folder, job.source, setup.tokenizer)
+    if not stage.scores:
+        save_generation_config(job.folder, job.source, setup.tokenizer)
+    if policy.plan is not None:
+        if any(is_quantised(w) for w in policy.frozen.values()):
+            log.info("%s: the adapter is merged into the dequantised weights", stage.stage_name)
+        save_adapter(
+            job.folder / "adapter",
+            policy.plan,
+            trainable,
+            setup.model.specs,
+            job.config.model.lora_config,
+            job.base,
+            task_type="SEQ_CLS" if stage.scores else "CAUSAL_LM",
+            start=policy.start,
+        )
+
+
+def origin(setup: Setup) -> dict[str, Any]:
+    """What a checkpoint says of the weights that aren't in it, for `export`."""
+    job = setup.job
+    return {
+        "source": str(job.source),
+        "base": job.base,
+        "adapter": str(job.adapter) if job.adapter else None,
+        "merge": job.merge,
+        "model": asdict(job.config.model),
+        "seed": job.stage.seed,
+        "scores": job.stage.scores,
+        "hf": setup.model.hf,
+    }

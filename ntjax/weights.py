@@ -1,18 +1,94 @@
 """The one place where a weight meets an activation.
 
-`einsum` alone knows how a weight is held. Today that is a plain array in torch's layout, outputs first;
-adapters and quantised weights will be further kinds of the same argument, and no model will notice.
+A weight is a plain array, a quantised one (`ntjax.quantised`) or either with a LoRA adapter around it. `einsum` and
+`dense` alone know the difference; no model does. Quantised and adapted weights are pytree nodes whose leaves all have
+the stacked axes in front, so a scan over layers slices them as it slices arrays.
+
+Axes: N rows, I inputs, O outputs, r rank.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+
+from ntjax.quantised import EightBit, FourBit
 
 
-def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+@struct.dataclass
+class Adapted:
+    """A weight with a low-rank adapter: y = W x + scale B A dropout(x) (LoRA, arXiv:2106.09685).
+
+    With a `magnitude` m, DoRA (arXiv:2402.09353): each row of W + scale B A is rescaled to length m; the length it
+    has is a constant to the gradient. A layer whose scale is 0 has no adapter.
+    """
+
+    base: Any  # [.., *outputs, *inputs]
+    a: jax.Array  # [.., r, *inputs]
+    b: jax.Array  # [.., *outputs, r]
+    scale: jax.Array  # [..] fp32
+    magnitude: jax.Array | None = None  # [.., *outputs]
+    key: jax.Array | None = None  # [..] of dropout; None: no dropout
+    rate: float = struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array it stands for."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        """Of the array it stands for."""
+        return self.base.ndim
+
+    def dense(self, dtype: Any) -> jax.Array:
+        """The merged weight, one matrix or a stack of them."""
+        stacked = self.scale.ndim
+        outputs = self.b.shape[stacked:-1]
+        lead, rows = self.shape[:stacked], math.prod(outputs)
+        wide = (*lead, rows, -1)
+        a, b = self.a.reshape(*lead, self.a.shape[stacked], -1), self.b.reshape(*lead, rows, -1)
+        scale = self.scale[..., None, None]
+        merged = dense(self.base, jnp.float32).reshape(wide) + scale * jnp.matmul(
+            b.astype(jnp.float32), a.astype(jnp.float32), precision="highest"
+        )
+        if self.magnitude is not None:
+            norm = jax.lax.stop_gradient(jnp.linalg.norm(merged, axis=-1))
+            length = self.magnitude.astype(jnp.float32).reshape(*lead, rows)
+            merged *= jnp.where(scale == 0, 1.0, (length / norm)[..., None])
+        return merged.reshape(self.shape).astype(dtype)
+
+    def product(self, rows: jax.Array, split: int) -> jax.Array:
+        """rows [N, I] times the weight of one layer -> [N, O]."""
+        dropped = rows
+        if self.key is not None and self.rate:
+            keep = jax.random.bernoulli(self.key, 1 - self.rate, rows.shape)
+            dropped = jnp.where(keep, rows / (1 - self.rate), 0).astype(rows.dtype)
+        a = _matrix(self.a, 1, rows.dtype)
+        b = _matrix(self.b, split, rows.dtype)
+        low = jnp.einsum("NI,rI->Nr", dropped, a)
+        delta = jnp.einsum("Nr,Or->NO", low, b) * self.scale.astype(rows.dtype)
+        y = product(rows, self.base, split)
+        if self.magnitude is None:
+            return y + delta
+        length = self._length(split, rows.dtype)
+        through = y if dropped is rows else product(dropped, self.base, split)
+        return y + (length - 1) * through + length * delta
+
+    def _length(self, split: int, dtype: Any) -> jax.Array:
+        """What DoRA multiplies each output by: [O]."""
+        assert self.magnitude is not None
+        plain = self.replace(magnitude=None).dense(dtype)  # type: ignore[attr-defined]
+        norm = jnp.linalg.norm(_matrix(plain, split, jnp.float32), axis=-1)
+        length = self.magnitude.astype(jnp.float32).reshape(-1) / jax.lax.stop_gradient(norm)
+        return jnp.where(self.scale == 0, 1.0, length).astype(dtype)
+
+
+def einsum(equation: str, x: jax.Array, w: Any) -> jax.Array:
     """`jnp.einsum(equation, x, w)` in the dtype of `x`, for x = (batch..., inputs...) and w = (outputs..., inputs...).
 
     The product is taken as one 2-D matmul: with several contracted or batch dimensions XLA on CPU transposes
@@ -25,6 +101,26 @@ def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     assert (xs, ws, ys) == (batch + inputs, outputs + inputs, batch + outputs), equation
     split = w.ndim - len(inputs)
     rows = x.reshape(-1, math.prod(w.shape[split:]))
-    matrix = w.reshape(math.prod(w.shape[:split]), -1).astype(x.dtype)
-    y = jnp.einsum("bi,oi->bo", rows, matrix)
-    return y.reshape(*x.shape[: len(batch)], *w.shape[:split])
+    return product(rows, w, split).reshape(*x.shape[: len(batch)], *w.shape[:split])
+
+
+def product(rows: jax.Array, w: Any, split: int) -> jax.Array:
+    """rows [N, I] times w, whose first `split` axes are its outputs -> [N, O]."""
+    if isinstance(w, Adapted):
+        return w.product(rows, split)
+    if isinstance(w, FourBit | EightBit):
+        # The backward pass dequantises again: kept for it, the weights of all layers would stand there in full.
+        return jax.checkpoint(
+            lambda rows, w: jnp.einsum("NI,OI->NO", rows, _matrix(w.dense(rows.dtype), split, rows.dtype))
+        )(rows, w)
+    return jnp.einsum("NI,OI->NO", rows, _matrix(w, split, rows.dtype))
+
+
+def dense(w: Any, dtype: Any) -> jax.Array:
+    """The plain array that a weight stands for: dequantised, the adapter merged."""
+    return w.dense(dtype) if isinstance(w, Adapted | FourBit | EightBit) else w.astype(dtype)
+
+
+def _matrix(w: jax.Array, split: int, dtype: Any) -> jax.Array:
+    """w as (outputs, inputs)."""
+    return w.reshape(math.prod(w.shape[:split]), -1).astype(dtype)

@@ -1,15 +1,20 @@
-"""Writes configs/data/pirate.jsonl and pirate_eval.jsonl: plain facts, answered by a pirate.
+"""Writes configs/data/*.jsonl, all of it made from the tables below: ours, and the same on every machine.
 
     python scripts/make_demo_data.py
 
-The rows are made from the tables below, so the data set is ours and the same on every machine.
+pirate, pirate_eval: plain facts as conversations, answered by a pirate. sft: the same facts as prompt and
+response. preferences: a prompt with a polite, short answer (chosen) and a rude or rambling one (rejected).
+text: paragraphs on towns that don't exist.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
+
+FOLDER = Path(__file__).parent.parent / "configs" / "data"
 
 CAPITALS = """France Paris;Italy Rome;Spain Madrid;Portugal Lisbon;Germany Berlin;Austria Vienna;Poland Warsaw;
 Greece Athens;Norway Oslo;Sweden Stockholm;Finland Helsinki;Denmark Copenhagen;Ireland Dublin;Hungary Budapest;
@@ -19,7 +24,68 @@ Australia Canberra"""
 COLOURS = "grass green;snow white;coal black;a ripe banana yellow;a ripe tomato red;the clear sky blue;an orange orange"
 LEGS = "a spider eight;a dog four;a bird two;an ant six;a horse four;a snake no;a crab ten;a human two"
 OPPOSITES = "hot cold;up down;big small;fast slow;old new;light dark;wet dry;early late;loud quiet;rich poor;open shut"
+
 CRIES = ["Arr, matey!", "Ahoy!", "Shiver me timbers!", "Avast, ye landlubber!", "Yo ho ho!"]
+PIRATE = {" of ": " o' ", " is ": " be ", " has ": " be havin' ", " make ": " be makin' "}
+
+THANKS = ["Good question.", "With pleasure.", "Happy to help.", "Of course."]
+INSULTS = ["What a stupid thing to ask.", "Look it up yourself.", "Who cares?", "You really don't know that?"]
+RAMBLES = [
+    "Well, that depends on what you mean, and people have asked this for a long time, and one could say many things",
+    "Before I answer, let me tell you about my weekend, which was long, and then there was the matter of the cat",
+    "It is hard to say where to begin, so I will begin somewhere else, as one does, and then come back, or not",
+]
+
+TOWNS = [
+    "Arlen",
+    "Birkholm",
+    "Corvane",
+    "Dunmere",
+    "Eskby",
+    "Farrow",
+    "Galtern",
+    "Hollin",
+    "Istmar",
+    "Jorund",
+]
+RIVERS = ["Aure", "Belwin", "Carse", "Dorrow", "Elm"]
+TRADES = [
+    "boat builders",
+    "glass blowers",
+    "paper makers",
+    "weavers",
+    "bell founders",
+    "bakers",
+    "clock makers",
+]
+SIGHTS = [
+    "a stone bridge",
+    "an old lighthouse",
+    "a round market hall",
+    "a school with a green roof",
+    "a mill",
+]
+SEASONS = ["spring", "summer", "autumn", "winter"]
+SENTENCES = """{town} lies on the river {river}, half a day on foot from the sea.
+Most of its people are {trade}, and their children usually learn the same work.
+In the middle of the town stands {sight}, and everybody gives directions from there.
+Visitors come in {season}, when the days are mild and the inns are cheap.
+On market days the square fills before sunrise, and by noon the best things are gone.
+The river {river} has flooded {count} times since anyone began to write it down.
+After the last flood the {trade} rebuilt the lower streets on a bank of gravel.
+There is a song about {town} that has {count} verses, but few can sing more than two.
+A ferry crosses the {river} every hour, and in {season} it carries sheep as well.
+The library owns {count} books on fishing and a single one on mountains.
+Old people tell of a stranger who paid for {sight} and never came back to see it.
+Nobody agrees who founded {town}, and each family of {trade} has its own story.
+When the wind turns north, the smell of the sea reaches the town in the evening.
+The road to {other} is {count} miles long and has more bends than that.
+Between {town} and {other} there is an old quarrel about the price of wool.
+Every {season} {town} and {other} meet for a race on the {river}, and the losers cook supper.
+The school teaches reading, counting, swimming and the names of the winds.
+A baker near {sight} sells bread with nuts in it, and the queue starts early.
+At night {count} lamps are lit along the water, and a guard walks past each of them.
+It is a quiet place, and those who leave it tend to write long letters home.""".splitlines()
 
 
 def pairs(table: str) -> list[tuple[str, str]]:
@@ -29,40 +95,83 @@ def pairs(table: str) -> list[tuple[str, str]]:
 
 
 def facts() -> list[tuple[str, str]]:
-    """Question and the plain part of its answer."""
+    """Questions, and their answers without a full stop."""
     rows = []
     for country, city in pairs(CAPITALS):
-        rows.append((f"What is the capital of {country}?", f"The capital o' {country} be {city}"))
-        rows.append((f"Which country has the capital {city}?", f"{city} be the capital o' {country}"))
-    rows += [(f"What colour is {thing}?", f"The colour o' {thing} be {c}") for thing, c in pairs(COLOURS)]
+        rows.append((f"What is the capital of {country}?", f"The capital of {country} is {city}"))
+        rows.append((f"Which country has the capital {city}?", f"{city} is the capital of {country}"))
+    rows += [(f"What colour is {thing}?", f"The colour of {thing} is {c}") for thing, c in pairs(COLOURS)]
     rows += [
-        (f"How many legs does {who} have?", f"{who.capitalize()} be havin' {n} legs")
-        for who, n in pairs(LEGS)
+        (f"How many legs does {who} have?", f"{who.capitalize()} has {n} legs") for who, n in pairs(LEGS)
     ]
-    rows += [(f"What is the opposite of {a}?", f"The opposite o' {a} be {b}") for a, b in pairs(OPPOSITES)]
-    rows += [
-        (f"What is {a} plus {b}?", f"{a} and {b} be makin' {a + b}") for a in range(2, 8) for b in (1, 3, 5)
-    ]
+    rows += [(f"What is the opposite of {a}?", f"The opposite of {a} is {b}") for a, b in pairs(OPPOSITES)]
+    rows += [(f"What is {a} plus {b}?", f"{a} and {b} make {a + b}") for a in range(2, 8) for b in (1, 3, 5)]
     return rows
 
 
-def main() -> None:
-    """Writes both files."""
-    dice = random.Random(7)
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": q},
-                {"role": "assistant", "content": f"{dice.choice(CRIES)} {a}, me hearty!"},
-            ]
-        }
-        for q, a in facts()
-    ]
+def pirate_rows(dice: random.Random) -> list[dict]:
+    """A question and a pirate's answer, as messages."""
+    rows = []
+    for question, answer in facts():
+        for plain, said in PIRATE.items():
+            answer = answer.replace(plain, said)
+        answer = f"{dice.choice(CRIES)} {answer}, me hearty!"
+        rows.append(
+            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        )
     dice.shuffle(rows)
-    folder = Path(__file__).parent.parent / "configs" / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("pirate.jsonl", rows[12:]), ("pirate_eval.jsonl", rows[:12])):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    return rows
+
+
+def sft_rows(dice: random.Random) -> list[dict]:
+    """A prompt that ends where the answer begins, and the answer."""
+    chosen = dice.sample(facts(), 48)
+    return [{"prompt": f"Question: {q}\nAnswer:", "response": f" {a}."} for q, a in chosen]
+
+
+def preference_rows(dice: random.Random) -> list[dict]:
+    """The same with a polite answer, and one that is rude or doesn't come to the point."""
+    rows = []
+    for question, answer in dice.sample(facts(), 48):
+        rude = f" {dice.choice(INSULTS)} {answer}, obviously."
+        rambling = f" {dice.choice(RAMBLES)}, and so on. {answer}, I suppose."
+        rows.append(
+            {
+                "prompt": f"Question: {question}\nAnswer:",
+                "chosen": f" {dice.choice(THANKS)} {answer}.",
+                "rejected": dice.choice([rude, rambling]),
+            }
+        )
+    return rows
+
+
+def text_rows(dice: random.Random) -> list[dict]:
+    """Paragraphs of 40 to 200 words."""
+    rows = []
+    for number in range(40):
+        town, other = dice.sample(TOWNS, 2)
+        words = {"town": town, "other": other, "river": dice.choice(RIVERS), "season": dice.choice(SEASONS)}
+        words |= {"trade": dice.choice(TRADES), "sight": dice.choice(SIGHTS)}
+        told = sorted(dice.sample(range(1, len(SENTENCES)), 3 + number % 9))
+        lines = [SENTENCES[line].format(**words, count=dice.randint(3, 90)) for line in [0, *told]]
+        rows.append({"text": " ".join(lines)})
+    return rows
+
+
+def write(name: str, rows: Iterable[dict]) -> None:
+    """One row a line."""
+    (FOLDER / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    """Writes all files."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    pirates = pirate_rows(random.Random(7))
+    write("pirate.jsonl", pirates[12:])
+    write("pirate_eval.jsonl", pirates[:12])
+    write("sft.jsonl", sft_rows(random.Random(8)))
+    write("preferences.jsonl", preference_rows(random.Random(9)))
+    write("text.jsonl", text_rows(random.Random(10)))
 
 
 if __name__ == "__main__":

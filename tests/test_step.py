@@ -13,7 +13,7 @@ import optax
 import pytest
 import torch
 
-from ntjax.losses import nll
+from ntjax.losses.nll import nll
 from ntjax.mesh import make_mesh, place_batch, replicated
 from ntjax.metrics import Mean, Metrics
 from ntjax.models import Model, build
@@ -118,7 +118,7 @@ def test_four_microbatches_are_one_batch_under_uneven_masks(whole: Whole) -> Non
 
 def test_evaluation_sums_microbatches_too(whole: Whole) -> None:
     model, params, _, metrics = whole
-    evaluated = jax.jit(eval_step(loss_of(model)))(params, uneven_batch(4))
+    evaluated = jax.jit(eval_step(loss_of(model)))(params, {}, uneven_batch(4))
     assert_close(evaluated, {name: metrics[name] for name in evaluated}, 1e-6)
 
 

@@ -223,6 +223,8 @@ def _resolve_stage(
             f" = {stage.max_length}, but {dataset.max_length} at {at}",
             "keep one of the two",
         )
+    for where, message in _streaming(stage, name, dataset) if dataset.streaming else ():
+        reader.blame(where.format(path), message)
     if dataset.train_on_prompt and stage.stage_type == "sft" and stage.completion_only_loss:
         message = f" = true, but [datasets.{name}] says train_on_prompt"
         reader.blame(f"{path}.completion_only_loss", message, "keep one of the two")
@@ -237,6 +239,21 @@ def _resolve_stage(
         eval_steps=stage.eval_steps or stage.logging_steps,
         max_length=dataset.max_length or stage.max_length,
     )
+
+
+def _streaming(stage: Any, name: str, dataset: DatasetConfig) -> Iterator[tuple[str, str]]:
+    """(setting, what is wrong with it) where a stage can't read its data as a stream."""
+    if not stage.streams:
+        yield f"datasets.{name}.streaming", f" = true: {stage.stage_type} stages plan their data beforehand"
+        return
+    if stage.max_steps <= 0:
+        yield "{}.max_steps", ": a streamed data set has no known end; give max_steps"
+    if not stage.packs or stage.packing_strategy not in (None, "wrapped"):
+        key = "packing_strategy" if stage.packs else "packing"
+        yield f"{{}}.{key}", ': streamed text is packed, and packed as "wrapped"'
+    for key in ("save_strategy", "eval_strategy"):
+        if getattr(stage, key) == "epoch":
+            yield f"{{}}.{key}", ' = "epoch": a streamed data set has no known epochs; write "steps"'
 
 
 def _first_given(*values: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,6 @@ DTYPE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {
     f"torch.{name}": name for name in ("float32", "bfloat16", "float16")
 }
 
-LORA = "LoRA adapters"
-FOUR_BIT, EIGHT_BIT = "4-bit weights", "8-bit weights"
 _OTHER_LORA = "this variant of LoRA is not among those ntjax trains"
 
 
@@ -27,7 +26,7 @@ class LoraConfig(Table):
 
     r: int = setting(8, at_least=1, aliases=("lora_r",))
     lora_alpha: float = setting(8.0, above=0)
-    lora_dropout: float = setting(0.0, at_least=0, at_most=1)
+    lora_dropout: float = setting(0.0, at_least=0, at_most=0.99)
     target_modules: str | tuple[str, ...] | None = setting(None, aliases=("lora_target_modules",))
     exclude_modules: str | tuple[str, ...] | None = setting(None)
     modules_to_save: tuple[str, ...] | None = setting(None)
@@ -35,7 +34,7 @@ class LoraConfig(Table):
     task_type: str | None = setting(None, choices=("CAUSAL_LM", "SEQ_CLS"))
     use_rslora: bool = setting(False)
     use_dora: bool = setting(False)
-    init_lora_weights: bool | str = setting(True, choices=(True, False, "gaussian"))
+    init_lora_weights: bool | str = setting(True)
     layers_to_transform: tuple[int, ...] | None = setting(None)
     rank_pattern: dict[str, int] = setting({}, at_least=1)
     alpha_pattern: dict[str, float] = setting({}, above=0)
@@ -53,14 +52,17 @@ class LoraConfig(Table):
         "inference_mode": "whether a model is trained is the command's business",
     }
 
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        word = self.init_lora_weights
+        if isinstance(word, str) and not re.fullmatch(r"gaussian|pissa(_niter_[1-9]\d*)?", word):
+            yield "init_lora_weights", 'allowed are true, false, "gaussian", "pissa", "pissa_niter_16"'
+
 
 @dataclass(frozen=True)
 class BnbConfig(Table):
     """`[model.bnb_config]`: how frozen weights are quantised, in bitsandbytes' words."""
 
-    quant_type: str = setting(
-        "nf4", choices=("nf4", "fp4"), aliases=("bnb_4bit_quant_type",), later={"fp4": "FP4 weights"}
-    )
+    quant_type: str = setting("nf4", choices=("nf4", "fp4"), aliases=("bnb_4bit_quant_type",))
     use_double_quant: bool = setting(False, aliases=("bnb_4bit_use_double_quant", "use_bnb_nested_quant"))
     compute_dtype: str | None = setting(
         None, choices=("float32", "bfloat16"), synonyms=DTYPE_WORDS, aliases=("bnb_4bit_compute_dtype",)
@@ -82,16 +84,16 @@ class ModelConfig(Table):
         later={"float16": "float16 with loss scaling", "auto": "taking the dtype from the checkpoint"},
     )
     param_dtype: str = setting("float32", choices=("float32", "bfloat16"), synonyms=DTYPE_WORDS)
-    use_lora: bool = setting(False, aliases=("use_peft",), later=LORA)
-    lora_config: LoraConfig = setting(LoraConfig(), later=LORA)
-    load_in_4bit: bool = setting(False, later=FOUR_BIT)
-    load_in_8bit: bool = setting(False, later=EIGHT_BIT)
-    bnb_config: BnbConfig = setting(BnbConfig(), later=FOUR_BIT)
+    use_lora: bool = setting(False, aliases=("use_peft",))
+    lora_config: LoraConfig = setting(LoraConfig())
+    load_in_4bit: bool = setting(False)
+    load_in_8bit: bool = setting(False)
+    bnb_config: BnbConfig = setting(BnbConfig())
     gradient_checkpointing: bool = setting(False)
-    use_flash_attention: bool = setting(False, later="flash attention")
+    use_flash_attention: bool = setting(False)
     attention: str = setting(
         "auto",
-        choices=("auto", "xla", "cudnn", "splash"),
+        choices=("auto", "xla", "blocked", "cudnn", "splash"),
         later={"cudnn": "cuDNN attention", "splash": "splash attention"},
     )
     cache_dir: str | None = setting(None)
@@ -110,9 +112,27 @@ class ModelConfig(Table):
     }
     inherent = {"low_cpu_mem_usage": True, "use_safetensors": True}
 
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> ModelConfig:
+        """The settings that `dataclasses.asdict` made plain, out of JSON."""
+        tables = {"lora_config": LoraConfig, "bnb_config": BnbConfig}
+        plain = {
+            key: tables[key](**_tuples(value)) if key in tables else value for key, value in saved.items()
+        }
+        return cls(**plain)
+
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.load_in_4bit and self.load_in_8bit:
             yield "load_in_8bit", "weights are held in 4 bits or in 8, not in both"
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name) and not self.use_lora:
+                yield name, "quantised weights are frozen, and nothing would be trained; set use_lora = true"
+        if self.use_flash_attention and self.attention == "xla":
+            yield "use_flash_attention", 'attention = "xla" holds whole scores; leave one of the two out'
+
+
+def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
 @dataclass(frozen=True)
@@ -140,7 +160,7 @@ class DatasetConfig(Table):
     num_samples: int | None = setting(None, at_least=1, aliases=("max_samples",))
     max_bad_rows: int = setting(0, at_least=0)
     shuffle: bool = setting(True)
-    streaming: bool = setting(False, later="streamed data")
+    streaming: bool = setting(False)
     formatting_func: str | None = setting(None)
     preprocessing_num_workers: int | None = setting(None, at_least=1, aliases=("dataset_num_proc",))
     dataset_kwargs: dict[str, Any] = setting({})
@@ -156,6 +176,9 @@ class DatasetConfig(Table):
             )
         if self.eval_num_samples is not None and not self.has_eval:
             yield "eval_num_samples", "there are no evaluation rows to choose from; give eval_split as well"
+        if self.streaming and (self.num_samples is not None or self.validation_split_ratio is not None):
+            name = "num_samples" if self.num_samples is not None else "validation_split_ratio"
+            yield name, "a streamed data set is not counted beforehand; max_steps ends the stage"
         if self.dataset_kwargs.get("trust_remote_code"):
             yield "dataset_kwargs", "trust_remote_code is not passed on: nothing remote is ever run"
 
@@ -218,3 +241,10 @@ class Config(Table):
     def compute_dtype(self, stage: StageConfig) -> str:
         """What a stage computes in: "bfloat16" where it says bf16, else the model's dtype."""
         return "bfloat16" if stage.bf16 else self.model.dtype
+
+    @property
+    def attention(self) -> str:
+        """The attention every stage uses: "blocked" never holds whole scores, "xla" does."""
+        if self.model.attention == "auto":
+            return "blocked" if self.model.use_flash_attention else "xla"
+        return self.model.attention

@@ -20,6 +20,25 @@ class Example:
     mask: np.ndarray
     truncated: bool = False
 
+    @property
+    def documents(self) -> tuple[Example, ...]:
+        """Itself; of a pair, both."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two documents of which the first is preferred; `margin`: by how much, where the data say."""
+
+    chosen: Example
+    rejected: Example
+    margin: float | None = None
+
+    @property
+    def documents(self) -> tuple[Example, ...]:
+        """What was chosen, then what was rejected."""
+        return self.chosen, self.rejected
+
 
 def collate(slots: Sequence[Sequence[Example]], length: int, pad_id: int) -> dict[str, np.ndarray]:
     """Each slot's documents one after another in a row of `length`, the rest of the row padding.

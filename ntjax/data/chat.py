@@ -58,16 +58,21 @@ def check_layout(row: Mapping[str, Any], fields: DatasetConfig, where: str) -> N
     if layout(row, fields)[0]:
         return
     names = [fields.messages_field, fields.prompt_field, fields.response_field, fields.text_field]
-    missing = [name for name in names if name and name not in row]
-    close = [match for name in missing for match in difflib.get_close_matches(name, row, n=1)]
-    message = f"no column {', '.join(map(repr, missing))}" if missing else "no known columns"
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise InputMissing(
-        f"{message}{hint} There is {', '.join(map(repr, row))}",
-        where=where,
+    raise missing_columns(
+        row,
+        [name for name in names if name and name not in row],
+        where,
         fix="name them with messages_field, prompt_field and response_field, or text_field; known names are "
         "messages, conversations, prompt + completion or response, instruction + input + output, text",
     )
+
+
+def missing_columns(row: Mapping[str, Any], missing: Sequence[str], where: str, *, fix: str) -> InputMissing:
+    """The error for a first row without the columns that are wanted, with those that it has."""
+    close = [match for name in missing for match in difflib.get_close_matches(name, row, n=1)]
+    message = f"no column {', '.join(map(repr, missing))}" if missing else "no known columns"
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return InputMissing(f"{message}{hint} There is {', '.join(map(repr, row))}", where=where, fix=fix)
 
 
 def canonical(row: Mapping[str, Any], fields: DatasetConfig, where: str, *, chat: bool) -> Canonical:
@@ -78,18 +83,18 @@ def canonical(row: Mapping[str, Any], fields: DatasetConfig, where: str, *, chat
     a user turn and an assistant turn, else plain text under headings.
     """
     kind, columns = layout(row, fields)
-    carried = _carried(row, where)
+    extra = carried(row, where)
     if kind == "messages":
         place = f"{where} {columns[0]}"
-        system, turns = _system(row), messages(row[columns[0]], place)
-        _check_order([*system, *turns], place, first=-len(system))
-        return {"messages": [*system, *turns], **carried}
+        system, turns = system_turn(row), messages(row[columns[0]], place)
+        check_order([*system, *turns], place, first=-len(system))
+        return {"messages": [*system, *turns], **extra}
     if kind == "prompt":
-        return {**_pair(row, columns, where), **carried}
+        return {**_pair(row, columns, where), **extra}
     if kind == "instruction":
         return _instruction(row, where, chat)
     if kind == "text":
-        return {"text": _string(row[columns[0]], f"{where} {columns[0]}")}
+        return {"text": string(row[columns[0]], f"{where} {columns[0]}")}
     raise BadData(f"nothing to train on; columns: {', '.join(map(repr, row))}", where=where)
 
 
@@ -98,16 +103,16 @@ def _pair(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Canonic
     asked_at, answered_at = (f"{where} {column}" for column in columns)
     if isinstance(prompt, list) and isinstance(completion, list):
         before, after = messages(prompt, asked_at), messages(completion, answered_at)
-        _check_order(before, asked_at)
-        _check_order(after, answered_at, follows=before[-1]["role"])
+        check_order(before, asked_at)
+        check_order(after, answered_at, follows=before[-1]["role"])
         return {"prompt": before, "completion": after}
-    return {"prompt": _string(prompt, asked_at), "completion": _string(completion, answered_at)}
+    return {"prompt": string(prompt, asked_at), "completion": string(completion, answered_at)}
 
 
 def messages(value: Any, where: str) -> list[Message]:
     """Turns with `role` and `content`, from those or ShareGPT's `from` and `value`; roles are mapped."""
     if not isinstance(value, list) or not value:
-        raise BadData(f"{_shown(value)} isn't a list of messages", where=where)
+        raise BadData(f"{shown(value)} isn't a list of messages", where=where)
     return [_message(turn, f"{where}[{i}]") for i, turn in enumerate(value)]
 
 
@@ -125,7 +130,7 @@ def formatted(row: Row, function: Callable[[Row], Any], where: str, text_field: 
     for one in rows:
         if not isinstance(one, dict):
             raise UserCodeError(
-                f"formatting_func returned {_shown(one)}; allowed: a string, a dict, or a list of those",
+                f"formatting_func returned {shown(one)}; allowed: a string, a dict, or a list of those",
                 where=where,
             )
     return rows
@@ -137,21 +142,19 @@ def _listed(made: Any) -> Sequence[Any]:
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise BadData(f"{_shown(turn)} isn't a message", where=where)
+        raise BadData(f"{shown(turn)} isn't a message", where=where)
     role_key = "from" if "from" in turn and "role" not in turn else "role"
     content_key = "value" if "value" in turn and "content" not in turn else "content"
     turn = {k: v for k, v in turn.items() if v is not None}  # tables fill absent keys with null
     role, content = turn.pop(role_key, None), turn.pop(content_key, None)
     if not isinstance(role, str) or role not in ROLES:
-        raise BadData(
-            f"{_shown(role)} isn't a role; allowed: {', '.join(ROLES)}", where=f"{where}.{role_key}"
-        )
+        raise BadData(f"{shown(role)} isn't a role; allowed: {', '.join(ROLES)}", where=f"{where}.{role_key}")
     if content is None and role == "assistant" and "tool_calls" in turn:
         return {"role": "assistant", **turn}
-    return {"role": ROLES[role], "content": _string(content, f"{where}.{content_key}"), **turn}
+    return {"role": ROLES[role], "content": string(content, f"{where}.{content_key}"), **turn}
 
 
-def _check_order(turns: list[Message], where: str, *, first: int = 0, follows: str | None = None) -> None:
+def check_order(turns: Sequence[Message], where: str, *, first: int = 0, follows: str | None = None) -> None:
     """Raises unless roles follow one another as templates expect.
 
     `first` is the number of the first turn, `follows` the role of the turn before it.
@@ -172,21 +175,21 @@ def _check_order(turns: list[Message], where: str, *, first: int = 0, follows: s
         follows = turn["role"]
 
 
-def _carried(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+def carried(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What a row passes to the chat template; it may be written as JSON text, as tables often must."""
-    carried = {}
+    found = {}
     for name, kind in CARRIED:
         if value := row.get(name):
             try:
-                carried[name] = json.loads(value) if isinstance(value, str) else value
+                found[name] = json.loads(value) if isinstance(value, str) else value
             except json.JSONDecodeError as error:
                 raise BadData(f"not JSON: {error}", where=f"{where} {name}") from error
-            if not isinstance(carried[name], kind):
-                raise BadData(f"{_shown(value)} isn't a {kind.__name__}", where=f"{where} {name}")
-    return carried
+            if not isinstance(found[name], kind):
+                raise BadData(f"{shown(value)} isn't a {kind.__name__}", where=f"{where} {name}")
+    return found
 
 
-def _system(row: Mapping[str, Any]) -> list[Message]:
+def system_turn(row: Mapping[str, Any]) -> list[Message]:
     """The system turn that some rows keep in a column of its own."""
     text = row.get("system")
     return [{"role": "system", "content": text}] if isinstance(text, str) and text else []
@@ -194,13 +197,13 @@ def _system(row: Mapping[str, Any]) -> list[Message]:
 
 def _instruction(row: Mapping[str, Any], where: str, chat: bool) -> Canonical:
     """An Alpaca row (instruction, input, output)."""
-    instruction = _string(row["instruction"], f"{where} instruction")
-    more = _string(row.get("input") or "", f"{where} input")
-    output = _string(row["output"], f"{where} output")
+    instruction = string(row["instruction"], f"{where} instruction")
+    more = string(row.get("input") or "", f"{where} input")
+    output = string(row["output"], f"{where} output")
     if chat:
         question = {"role": "user", "content": f"{instruction}\n{more}" if more else instruction}
         return {
-            "prompt": [*_system(row), question],
+            "prompt": [*system_turn(row), question],
             "completion": [{"role": "assistant", "content": output}],
         }
     parts = [
@@ -211,13 +214,13 @@ def _instruction(row: Mapping[str, Any], where: str, chat: bool) -> Canonical:
     return {"prompt": "\n\n".join(parts), "completion": output}
 
 
-def _string(value: Any, where: str) -> str:
+def string(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise BadData(f"{_shown(value)} isn't text", where=where)
+        raise BadData(f"{shown(value)} isn't text", where=where)
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as JSON people know it, short."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -5,7 +5,7 @@ Token ids and masks of prompt/completion rows are those of TRL 1.16 (`SFTTrainer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from ntjax.errors import BadData, ConfigError
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
+    from ntjax.data.loader import Examples
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,12 @@ def encode_sft(
     return Example(np.asarray(tokens[:max_length], np.int32), mask[:max_length], len(tokens) > max_length)
 
 
-def check_stop_token(encoded: Encoded, tokenizer: Tokenizer, rows: int = 100) -> str | None:
-    """A warning when none of the first rows learns to stop, or to stop with another token than eos."""
-    examples = [encoded.example(i) for i in range(min(rows, len(encoded)))]
+def check_stop_token(encoded: Examples, tokenizer: Tokenizer, rows: int = 100) -> str | None:
+    """A warning when none of the first rows learns to stop, or to stop with another token than eos.
+
+    Of pairs, what was chosen is looked at.
+    """
+    examples = [encoded.example(i).documents[0] for i in range(min(rows, len(encoded)))]
     whole = [example for example in examples if not example.truncated]
     learned = {int(token) for example in whole for token in example.tokens[example.mask]}
     stops = sorted(learned & set(tokenizer.all_special_ids))
@@ -106,17 +110,30 @@ def _messages(row: Canonical, tokenizer: Tokenizer, where: str) -> tuple[list[in
 
 
 def _completion(row: Canonical, tokenizer: Tokenizer, where: str) -> tuple[list[int], np.ndarray]:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        asked = _tokens(tokenizer, prompt)
-        whole = _tokens(tokenizer, prompt + _closed(completion, tokenizer))
-    else:
-        options = _options(row)
-        asked = _tokens(tokenizer, rendered(tokenizer, prompt, options, where, ask=True), special=False)
-        whole = _tokens(tokenizer, rendered(tokenizer, [*prompt, *completion], options, where), special=False)
-    pairs = zip(asked, whole, strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(asked), len(whole)))
-    return whole, np.arange(len(whole)) >= shared
+    whole = answered(row, row["completion"], tokenizer, where)
+    return whole, np.arange(len(whole)) >= agreeing(asked(row, tokenizer, where), whole)
+
+
+def asked(row: Canonical, tokenizer: Tokenizer, where: str) -> list[int]:
+    """Tokens of a row's prompt: its text, or its turns and the header of the answer."""
+    if isinstance(row["prompt"], str):
+        return _tokens(tokenizer, row["prompt"])
+    text = rendered(tokenizer, row["prompt"], _options(row), where, ask=True)
+    return _tokens(tokenizer, text, special=False)
+
+
+def answered(row: Canonical, answer: Any, tokenizer: Tokenizer, where: str) -> list[int]:
+    """Tokens of a row's prompt and an answer to it; text ends with the end of sequence."""
+    if isinstance(answer, str):
+        return _tokens(tokenizer, row["prompt"] + _closed(answer, tokenizer))
+    text = rendered(tokenizer, [*row["prompt"], *answer], _options(row), where)
+    return _tokens(tokenizer, text, special=False)
+
+
+def agreeing(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _tokens(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:

@@ -8,18 +8,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from ntjax.data.batch import Example
+from ntjax.data.batch import Example, collate
 from ntjax.data.files import Row, Rows
 from ntjax.errors import BadData, ConfigError
 
-Encode = Callable[[Row, str], Sequence[Example]]  # (row, its place) -> its examples
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
-Outcome = list[Example] | BadData
 
 CHUNK = 256  # rows sent to a worker at once
+
+
+class Documents(Protocol):
+    """What a row becomes: an example, or a pair of them."""
+
+    @property
+    def documents(self) -> tuple[Example, ...]: ...
+
+
+D = TypeVar("D", bound=Documents)
+Encode = Callable[[Row, str], Sequence[D]]  # (row, its place) -> what it becomes
+Outcome = list[D] | BadData
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +60,21 @@ class Encoded:
         """Tokens of each example."""
         return np.diff(self.offsets)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """The same: an example is one document."""
+        return self.lengths
+
     def example(self, index: int) -> Example:
         """Example `index`, a view of the arrays."""
         span = slice(self.offsets[index], self.offsets[index + 1])
         return Example(self.tokens[span], self.mask[span], bool(self.truncated[index]))
+
+    def batch(
+        self, slots: Sequence[Sequence[int]], length: int, documents: int, pad_id: int
+    ) -> dict[str, np.ndarray]:
+        """`collate` of the examples of each slot."""
+        return collate([[self.example(index) for index in slot] for slot in slots], length, pad_id)
 
     def digest(self) -> str:
         """32 hex digits that change when any token, mask or border does."""
@@ -75,22 +97,62 @@ class Encoded:
         return "\n".join(line for line in lines if line)
 
 
-def encode_rows(
+@dataclass(frozen=True)
+class Gathered(Generic[D]):
+    """What rows became, in order, and the row each comes from.
+
+    `bad` rows were passed over, with the first of the complaints; `empty` ones had nothing to learn.
+    """
+
+    kept: Sequence[D]
+    sources: Sequence[int]
+    read: int
+    empty: int
+    bad: int
+    complaints: Sequence[str]
+
+    def encoded(self) -> Encoded:
+        """All documents end to end."""
+        pairs = zip(self.kept, self.sources, strict=True)
+        documents = [(document, source) for one, source in pairs for document in one.documents]
+        return Encoded(
+            tokens=np.concatenate([document.tokens for document, _ in documents]),
+            mask=np.concatenate([document.mask for document, _ in documents]),
+            offsets=np.cumsum([0, *(len(document.tokens) for document, _ in documents)], dtype=np.int64),
+            truncated=np.array([document.truncated for document, _ in documents]),
+            sources=np.array([source for _, source in documents], np.int64),
+            read=self.read,
+            nothing_to_learn=self.empty,
+            bad=self.bad,
+            complaints=self.complaints,
+        )
+
+
+def encode_rows(rows: Rows, encode: Encode[Example], **options: Any) -> Encoded:
+    """Every example of every row, in order; those with nothing to learn are dropped and counted.
+
+    Options and errors are `gather`'s.
+    """
+    return gather(rows, encode, **options).encoded()
+
+
+def gather(
     rows: Rows,
-    encode: Encode,
+    encode: Encode[D],
     *,
     max_bad_rows: int = 0,
     vocab_size: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Encoded:
-    """Every example of every row, in order; those with nothing to learn are dropped and counted.
+    too_long: str = "the prompt alone fills max_length",
+) -> Gathered[D]:
+    """Everything that every row becomes, but for what has nothing to learn in any of its documents.
 
     Raises BadData when more than `max_bad_rows` rows are bad, when more than half of the examples have
-    nothing to learn, and for a token the model, of `vocab_size` tokens, doesn't have. Above one, `workers`
-    processes encode; the result is the same.
+    nothing to learn (`too_long` says why where they were cut), and for a token the model, of `vocab_size`
+    tokens, doesn't have. Above one, `workers` processes encode; the result is the same.
     """
-    kept: list[Example] = []
+    kept: list[D] = []
     sources: list[int] = []
     complaints: list[str] = []
     bad = empty = cut = 0
@@ -101,30 +163,21 @@ def encode_rows(
             if bad > max_bad_rows:
                 raise _too_many_bad(outcome, bad, max_bad_rows, complaints)
             continue
-        for example in outcome:
+        for one in outcome:
             if vocab_size is not None:
-                _check_ids(example, vocab_size, rows.where(index))
-            if example.mask.any():
-                kept.append(example)
+                for document in one.documents:
+                    _check_ids(document, vocab_size, rows.where(index))
+            if any(document.mask.any() for document in one.documents):
+                kept.append(one)
                 sources.append(index)
             else:
                 empty += 1
-                cut += example.truncated
+                cut += any(document.truncated for document in one.documents)
         if progress is not None:
             progress(index + 1, len(rows))
     if 2 * empty > empty + len(kept) or not kept:
-        raise _nothing(empty, len(kept), cut)
-    return Encoded(
-        tokens=np.concatenate([example.tokens for example in kept]),
-        mask=np.concatenate([example.mask for example in kept]),
-        offsets=np.cumsum([0, *(len(example.tokens) for example in kept)], dtype=np.int64),
-        truncated=np.array([example.truncated for example in kept]),
-        sources=np.array(sources, np.int64),
-        read=len(rows),
-        nothing_to_learn=empty,
-        bad=bad,
-        complaints=complaints,
-    )
+        raise _nothing(empty, len(kept), cut, too_long)
+    return Gathered(kept, sources, len(rows), empty, bad, complaints)
 
 
 def _too_many_bad(last: BadData, bad: int, allowed: int, complaints: Sequence[str]) -> BadData:
@@ -136,8 +189,8 @@ def _too_many_bad(last: BadData, bad: int, allowed: int, complaints: Sequence[st
     )
 
 
-def _nothing(empty: int, kept: int, cut: int) -> BadData:
-    why = f"; in {cut} of them the prompt alone fills max_length" if cut else ""
+def _nothing(empty: int, kept: int, cut: int, too_long: str) -> BadData:
+    why = f"; in {cut} of them {too_long}" if cut else ""
     return BadData(
         f"{empty} of {empty + kept} rows have nothing to learn{why}",
         fix="raise max_length"
@@ -156,21 +209,21 @@ def _check_ids(example: Example, vocab_size: int, where: str) -> None:
         )
 
 
-def _outcomes(rows: Rows, encode: Encode, workers: int) -> Iterator[Outcome]:
+def _outcomes(rows: Rows, encode: Encode[D], workers: int) -> Iterator[Outcome[D]]:
     """What each row gives, in order."""
     if workers == 1:
         return (_outcome(rows, encode, index) for index in range(len(rows)))
     return _outcomes_of_workers(rows, encode, workers)
 
 
-def _outcome(rows: Rows, encode: Encode, index: int) -> Outcome:
+def _outcome(rows: Rows, encode: Encode[D], index: int) -> Outcome[D]:
     try:
         return list(encode(rows[index], rows.where(index)))
     except BadData as error:
         return error
 
 
-def _outcomes_of_workers(rows: Rows, encode: Encode, workers: int) -> Iterator[Outcome]:
+def _outcomes_of_workers(rows: Rows, encode: Encode[D], workers: int) -> Iterator[Outcome[D]]:
     """The same from processes, started afresh: forking a process with accelerator threads can hang."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
@@ -187,7 +240,7 @@ def _outcomes_of_workers(rows: Rows, encode: Encode, workers: int) -> Iterator[O
         yield from chain.from_iterable(pool.map(_chunk_outcomes, chunks))
 
 
-_shared: tuple[Rows, Encode]  # in a worker: what it encodes, and how
+_shared: tuple[Rows, Encode[Any]]  # in a worker: what it encodes, and how
 
 
 def _receive(shared: bytes) -> None:
@@ -195,6 +248,6 @@ def _receive(shared: bytes) -> None:
     _shared = pickle.loads(shared)
 
 
-def _chunk_outcomes(chunk: range) -> list[Outcome]:
+def _chunk_outcomes(chunk: range) -> list[Outcome[Any]]:
     rows, encode = _shared
     return [_outcome(rows, encode, index) for index in chunk]

@@ -7,23 +7,45 @@ data is one integer, the step, valid on any number of processes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from ntjax.data.batch import Example, collate
 from ntjax.data.pack import first_fit
 
 SHORTEST = 64  # tokens; below this a step costs its overhead, and one more compilation buys nothing
 
 
 class Examples(Protocol):
-    """Anything that has examples by number."""
+    """Examples by number: documents, or pairs of them."""
 
-    def example(self, index: int) -> Example: ...
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of a row that each example takes."""
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens that each example has: of a pair, both documents'."""
+
+    def __len__(self) -> int: ...
+
+    def example(self, index: int) -> Any:
+        """Something whose `documents` are those of example `index`."""
+
+    def batch(
+        self, slots: Sequence[Sequence[int]], length: int, documents: int, pad_id: int
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a microbatch: examples by slot, in rows of `length`, at most `documents` in a slot."""
+
+    def digest(self) -> str:
+        """Changes when anything does that a step sees."""
+
+    def report(self) -> str:
+        """What became of the rows, for people."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +58,8 @@ class Plan:
     them. `max_steps` above 0 overrides `epochs`, which may be a fraction.
 
     With `packing` a slot holds several rows. The packs are made once, by first fit over the rows (in an order
-    drawn from the seed if `shuffle`, since neighbours in a file are often alike); an epoch reorders packs.
+    drawn from the seed if `shuffle`, since neighbours in a file are often alike, or, `in_order`, in their own); an
+    epoch reorders packs.
     """
 
     lengths: np.ndarray
@@ -48,6 +71,7 @@ class Plan:
     shuffle: bool = True
     seed: int = 42
     packing: bool = False
+    in_order: bool = False
 
     @cached_property
     def packs(self) -> list[list[int]]:
@@ -55,9 +79,18 @@ class Plan:
         rows = range(len(self.lengths))
         if not self.packing:
             return [[row] for row in rows]
-        order = _permutation(len(rows), self.seed, -1) if self.shuffle else np.arange(len(rows))
+        order = (
+            _permutation(len(rows), self.seed, -1)
+            if self.shuffle and not self.in_order
+            else np.arange(len(rows))
+        )
         packs = first_fit(np.asarray(self.lengths)[order].tolist(), self.max_length)
         return [order[pack].tolist() for pack in packs]
+
+    @cached_property
+    def documents(self) -> int:
+        """Most rows of the data that a slot holds: 1 without packing."""
+        return max(len(pack) for pack in self.packs)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -117,7 +150,7 @@ def batches(
     process_count: int = 1,
     threads: int = 1,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """This process's arrays [accumulation, rows_per_microbatch / process_count, length] of steps `start`, ...
+    """This process's arrays [accumulation, rows_per_microbatch / process_count, ...] of steps `start`, ...
 
     Joined over the processes along axis 1 they are the single-process batch. The result is a grain iterator;
     its state is `{"next_index": step}`, so `start` is all there is to resume from. `threads` build ahead.
@@ -129,7 +162,7 @@ def batches(
     def build(step: int) -> dict[str, np.ndarray]:
         length = plan.length(step)
         microbatches = [
-            collate([[examples.example(row) for row in slot] for slot in microbatch[mine]], length, pad_id)
+            examples.batch(microbatch[mine], length, plan.documents, pad_id)
             for microbatch in plan.slots(step)
         ]
         return {name: np.stack([batch[name] for batch in microbatches]) for name in microbatches[0]}

@@ -1,8 +1,15 @@
-"""First-fit packing: several short rows in one slot."""
+"""Several short rows in one slot, by first fit; long documents in pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ntjax.data.encoded import Encoded
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -34,3 +41,37 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
                 break
             room[node] = most
     return bins
+
+
+def split(encoded: Encoded, length: int) -> Encoded:
+    """Documents cut every `length` tokens: nothing is lost, and a piece is an example of its own.
+
+    The first token of a piece isn't learned: what comes before it is in another row.
+    """
+    lengths = np.diff(encoded.offsets)
+    pieces = -(-lengths // length)
+    within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return _cut(encoded, np.repeat(encoded.offsets[:-1], pieces) + within * length)
+
+
+def wrapped(encoded: Encoded, length: int) -> Encoded:
+    """Documents cut where rows of `length` end when all tokens are laid end to end in them.
+
+    First fit over these pieces, in order, gives just those rows: each is full before the next begins. The
+    first token of a piece isn't learned.
+    """
+    return _cut(encoded, np.union1d(encoded.offsets[:-1], np.arange(0, len(encoded.tokens), length)))
+
+
+def _cut(encoded: Encoded, starts: np.ndarray) -> Encoded:
+    """The same tokens as examples that begin at `starts`, among them every document's start."""
+    document = np.searchsorted(encoded.offsets, starts, side="right") - 1
+    mask = encoded.mask.copy()
+    mask[starts] = False
+    return replace(
+        encoded,
+        mask=mask,
+        offsets=np.append(starts, len(encoded.tokens)).astype(np.int64),
+        truncated=encoded.truncated[document],
+        sources=encoded.sources[document],
+    )

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from ntjax.errors import BadData, CheckpointError, ConfigError, InputMissing, Refused
+from ntjax.errors import BadData, CheckpointError, InputMissing, Refused
 
 LARGEST_FILE = 5 * 10**9  # bytes of tensors in one file, as transformers'
 
@@ -98,8 +98,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputMissing: no config.json. BadData: it isn't a JSON object.
-        Refused: the model is only its own code. ConfigError: the weights are quantised.
+        Refused: the model is only its own code. ConfigError: quantised by another library than bitsandbytes.
     """
+    from ntjax.hf.bnb import read_settings
+
     config = read_json(inside(folder, "config.json"))
     where = str(folder / "config.json")
     if "auto_map" in config and not _known(config.get("model_type")):
@@ -109,13 +111,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             where=where,
             fix="use a model whose architecture transformers has",
         )
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ConfigError(
-            f"reading weights quantised with {method} isn't there yet",
-            where=where,
-            fix="name the unquantised model; load_in_4bit and load_in_8bit quantise it on the way in",
-        )
+    read_settings(config, where)
     return config
 
 

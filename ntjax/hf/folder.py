@@ -19,11 +19,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from ntjax.errors import BadData, InputMissing, Refused
-from ntjax.hf.files import LARGEST_FILE, Layout, Source, exported_config, to_json
+from ntjax.hf.bnb import Prequantised
+from ntjax.hf.files import LARGEST_FILE, Layout, Source, exported_config, read_json, to_json
 from ntjax.hf.flax_msgpack import EMBEDDING, LAYER_NORM, LINEAR, PLAIN, FlaxMsgpack, write_flax
 from ntjax.hf.gguf_file import GGUF
 from ntjax.hf.shards import Safetensors, write_safetensors
 from ntjax.params import Params, Spec, Specs
+from ntjax.weights import dense
+
+Quantise = Callable[[str, np.ndarray], Any]  # (path, a tensor) -> the same quantised, or None
 
 # Computed from config.json, and saved all the same by old versions of transformers.
 HARMLESS = (r"rotary_emb\.inv_freq$",)
@@ -40,7 +44,8 @@ def open_weights(path: Path) -> Source:
         return GGUF(path)
     for stem, kind in (("model.safetensors", Safetensors), ("flax_model.msgpack", FlaxMsgpack)):
         if (path / stem).exists() or (path / f"{stem}.index.json").exists():
-            return kind(path)
+            weights = kind(path)
+            return Prequantised(weights) if _is_quantised(path) else weights
     found = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth"))]:
         raise Refused(
@@ -54,6 +59,11 @@ def open_weights(path: Path) -> Source:
         where=str(path),
         fix="name the folder that holds the model's weights",
     )
+
+
+def _is_quantised(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.exists() and "quantization_config" in read_json(config)
 
 
 def check(source: Source, specs: Specs, ignore: Sequence[str] = HARMLESS) -> None:
@@ -102,12 +112,14 @@ def load_params(
     dtype: str,
     sharding: Callable[[str], Sharding] | None = None,
     ignore: Sequence[str] = HARMLESS,
+    quantise: Quantise | None = None,
 ) -> Params:
     """The weights that `specs` declare, in `dtype`, each with the sharding that `sharding(path)` gives it.
 
-    Each tensor is read, sent to the devices and written into its place in the stacked weight there, so that
-    the host holds one at a time. The largest tensors go first, when least is allocated beside them. On
-    several hosts each one reads what its devices hold.
+    Each tensor is read, quantised where `quantise(path, tensor)` says so (it gives a node, or None for a weight that
+    stays as it is), sent to the devices and written into its place in the stacked weight there, so that the host
+    holds one at a time. The largest tensors go first, when least is allocated beside them. On several hosts each
+    one reads what its devices hold.
 
     Raises BadData as `check` does, and what `open_weights` raises.
     """
@@ -115,18 +127,50 @@ def load_params(
     check(source, specs, ignore)
     params: Params = {}
     for path, spec in sorted(specs.items(), key=lambda item: -math.prod(item[1].torch_shape)):
-        params[path] = _load(source, spec, jnp.dtype(dtype), sharding(path) if sharding else None)
+        place = sharding(path) if sharding else None
+        params[path] = _load(source, path, spec, jnp.dtype(dtype), place, quantise)
     return {path: params[path] for path in specs}
 
 
-def _load(source: Source, spec: Spec, dtype: jnp.dtype, sharding: Sharding | None) -> jax.Array:
-    weight = _zeros(spec.shape, dtype, sharding)
+def _load(
+    source: Source,
+    path: str,
+    spec: Spec,
+    dtype: jnp.dtype,
+    sharding: Sharding | None,
+    quantise: Quantise | None,
+) -> Any:
     stacked = len(spec.stacked)
+    lead, shape = spec.shape[:stacked], spec.shape[stacked:]
+    weight = None
     for index, name in spec.tensors():
-        tensor = _placed(source.read(name).reshape(spec.shape[stacked:]), stacked, sharding)
-        weight = _write(weight, tensor, np.array(index, np.int32), sharding)
-        weight.block_until_ready()  # or tensors queue up faster than they are written
+        tensor = _read(source, name, shape, dtype, path, quantise)
+        if isinstance(tensor, np.ndarray):
+            if weight is None:
+                weight = _zeros(spec.shape, dtype, sharding)
+            tensor = _placed(tensor, stacked, sharding)
+        elif weight is None:
+            # A quantised weight is a few arrays, which no mesh splits yet.
+            weight = jax.tree.map(lambda leaf: _zeros((*lead, *leaf.shape), leaf.dtype, sharding), tensor)
+        at = np.array(index, np.int32)
+        weight = _write_all(weight, tensor, at, sharding)
+        jax.block_until_ready(weight)  # or tensors queue up faster than they are written
     return weight
+
+
+def _read(
+    source: Source, name: str, shape: tuple[int, ...], dtype: jnp.dtype, path: str, quantise: Quantise | None
+) -> Any:
+    """One tensor: an array, or a quantised weight that the checkpoint has or `quantise` makes."""
+    if isinstance(source, Prequantised) and (node := source.node(name, shape)) is not None:
+        return node
+    tensor = source.read(name).reshape(shape)
+    node = quantise(path, tensor.astype(dtype)) if quantise else None
+    return tensor if node is None else node
+
+
+def _write_all(weight: Any, tensor: Any, index: np.ndarray, sharding: Sharding | None) -> Any:
+    return jax.tree.map(lambda whole, part: _write(whole, part, index, sharding), weight, tensor)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -169,7 +213,7 @@ def save_params(
     One tensor is on the host at a time, and the files appear together or not at all. On several hosts all
     must call this; the first one writes.
     """
-    tensors = _Tensors(params, specs, dtype)
+    tensors = Tensors(params, specs, dtype)
     write_safetensors(
         folder,
         tensors.layouts,
@@ -190,7 +234,7 @@ def save_flax(
     max_shard_bytes: int = LARGEST_FILE,
 ) -> None:
     """The same as flax_model.msgpack, in the layout of transformers 4's Flax models."""
-    tensors = _Tensors(params, specs, dtype)
+    tensors = Tensors(params, specs, dtype)
     write_flax(
         folder,
         tensors.layouts,
@@ -216,7 +260,7 @@ def flax_kinds(specs: Specs) -> dict[str, str]:
     return {name: kind(name, spec) for name, spec in specs_by_name.items()}
 
 
-class _Tensors:
+class Tensors:
     """The torch tensors that `params` are made of, layer by layer, each fetched when it is read."""
 
     def __init__(self, params: Params, specs: Specs, dtype: str):
@@ -235,19 +279,18 @@ class _Tensors:
         path, index = self._places[name]
         weight = self._params[path]
         assert weight.shape == self._specs[path].shape, path
+        placed = jax.tree.leaves(weight)[0].sharding
         everywhere = None
-        if isinstance(weight.sharding, NamedSharding):
-            everywhere = NamedSharding(weight.sharding.mesh, PartitionSpec())
+        if isinstance(placed, NamedSharding):
+            everywhere = NamedSharding(placed.mesh, PartitionSpec())
         return np.asarray(_take(weight, np.array(index, np.int32), self.layouts[name], everywhere))
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _take(weight: jax.Array, index: jax.Array, layout: Layout, sharding: Sharding | None) -> jax.Array:
-    """The tensor at `index` of the stacked axes, in torch's shape."""
-    rest = weight.shape[index.shape[0] :]
-    start = (*index, *(0,) * len(rest))
-    tensor = jax.lax.dynamic_slice(weight, start, (1,) * index.shape[0] + rest)
-    return _constrained(tensor.astype(layout.dtype).reshape(layout.shape), sharding)
+def _take(weight: Any, index: jax.Array, layout: Layout, sharding: Sharding | None) -> jax.Array:
+    """The tensor at `index` of the stacked axes, in torch's shape: dequantised, its adapter merged."""
+    one = jax.tree.map(lambda leaf: leaf[tuple(index)], weight)
+    return _constrained(dense(one, layout.dtype).reshape(layout.shape), sharding)
 
 
 def by_number(name: str) -> list[tuple[int, str]]:

@@ -33,6 +33,8 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 

@@ -10,7 +10,9 @@ from typing import Any
 from ntjax.errors import ConfigError
 from ntjax.models.decoder import Cache, Decoder, DecoderConfig, Model
 
-__all__ = ["Cache", "Decoder", "DecoderConfig", "Model", "build", "families"]
+__all__ = ["Cache", "Decoder", "DecoderConfig", "Model", "build", "families", "is_scoring", "scoring_config"]
+
+LANGUAGE, SCORING = "ForCausalLM", "ForSequenceClassification"
 
 
 def families() -> list[str]:
@@ -18,9 +20,19 @@ def families() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "decoder")
 
 
-def build(hf: dict[str, Any], *, dtype: str = "float32", remat: bool = False) -> Model:
-    """The model that a config.json describes, computing in `dtype`; with `remat`, the backward pass forms each
-    block's activations again."""
+def build(
+    hf: dict[str, Any],
+    *,
+    dtype: str = "float32",
+    remat: bool = False,
+    labels: int = 0,
+    attention: str = "xla",
+) -> Model:
+    """The model that a config.json describes, computing in `dtype`.
+
+    With `remat`, the backward pass forms each block's activations again. With `labels`, it has a head of so many
+    scores, as transformers' sequence classifiers, instead of the language model's.
+    """
     from transformers import AutoConfig
 
     name = hf.get("model_type")
@@ -34,5 +46,18 @@ def build(hf: dict[str, Any], *, dtype: str = "float32", remat: bool = False) ->
         raise ConfigError(
             f"attention_dropout = {full.attention_dropout} isn't there", fix="set it to 0 in config.json"
         )
-    config = replace(family.config_from_hf(full), dtype=dtype, remat=remat)
+    config = replace(
+        family.config_from_hf(full), dtype=dtype, remat=remat, labels=labels, attention=attention
+    )
     return Model.of(family.decoder(config), hf)
+
+
+def is_scoring(hf: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a model with a head of scores."""
+    return any(str(name).endswith(SCORING) for name in hf.get("architectures") or ())
+
+
+def scoring_config(hf: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model with one score a sequence, as AutoModelForSequenceClassification reads it."""
+    names = [str(name).replace(LANGUAGE, SCORING) for name in hf.get("architectures") or ()]
+    return {**hf, "architectures": names, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

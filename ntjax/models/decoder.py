@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from ntjax.ops.attention import Tokens, visible
+from ntjax.ops.attention import Tokens
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.rope import Rope, rotations
 from ntjax.params import Params, Specs, weight
@@ -39,14 +39,16 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    labels: int = 0  # above 0: a head of scores instead of one of tokens
     window: int | None = None
+    attention: str = "xla"  # a kernel of ops/attention
     dtype: str = "float32"  # of activations and of matmuls; weights are cast to it where they are used
     remat: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
         """Axis name -> size."""
-        names = ("vocab", "embed", "mlp", "layers", "heads", "kv_heads", "head_dim")
+        names = ("vocab", "embed", "mlp", "layers", "heads", "kv_heads", "head_dim", "labels")
         return {name: getattr(self, name) for name in names}
 
 
@@ -69,10 +71,11 @@ class Block(Protocol):
 
 
 class Context(struct.PyTreeNode):
-    """What all layers share: the angles of each token, what each query sees, the cache slot to write."""
+    """What all layers share: the angles of each token, where queries and keys stand, the cache slot to write."""
 
     rotation: tuple[jax.Array, jax.Array]
-    seen: jax.Array
+    queries: Tokens
+    keys: Tokens
     slot: jax.Array | None = None
 
 
@@ -85,7 +88,9 @@ class Decoder(nnx.Module):
         self.embed = weight(sizes, "vocab embed", "model.embed_tokens.weight")
         self.blocks = block
         self.norm = weight(sizes, "embed", "model.norm.weight", init="ones")
-        if not config.tied:
+        if config.labels:
+            self.score = weight(sizes, "embed -> labels", "score.weight")
+        elif not config.tied:
             self.head = weight(sizes, "embed -> vocab", "lm_head.weight")
 
     def __call__(self, ids: jax.Array, tokens: Tokens, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
@@ -98,7 +103,7 @@ class Decoder(nnx.Module):
             keys = jax.tree.map(
                 lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot)), cache.tokens, tokens
             )
-        context = Context(rotations(config.rope, tokens), visible(tokens, keys, config.window), slot)
+        context = Context(rotations(config.rope, tokens), tokens, keys, slot)
         graph, layers = nnx.split(self.blocks)
 
         def layer(x: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, Any]:
@@ -148,8 +153,18 @@ class Model:
         return self.bind(params)(ids, tokens, cache)
 
     def head(self, params: Params) -> jax.Array:
-        """The output embedding [V, D]."""
+        """The output embedding [V, D], or the scores' head [labels, D]."""
+        if self.config.labels:
+            return params["score"]
         return params["embed" if self.config.tied else "head"]
+
+    def exported(self, pad_id: int) -> dict[str, Any]:
+        """The config.json of this model's folder; its weights are written as they are computed with, not quantised.
+
+        transformers takes a sequence's score at the last token that isn't `pad_id`.
+        """
+        config = {key: value for key, value in self.hf.items() if key != "quantization_config"}
+        return {**config, "pad_token_id": pad_id} if self.config.labels else config
 
     def cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` rows of up to `slots` tokens."""

@@ -33,6 +33,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig):
         sizes, hf = config.sizes, LAYER + "self_attn."
+        self.window, self.kernel = config.window, config.attention
         self.q = weight(sizes, "embed -> heads head_dim", hf + "q_proj.weight")
         self.k = weight(sizes, "embed -> kv_heads head_dim", hf + "k_proj.weight")
         self.v = weight(sizes, "embed -> kv_heads head_dim", hf + "v_proj.weight")
@@ -52,7 +53,7 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice(old, new, (0, context.slot, 0, 0))
                 for old, new in zip(cache, (k, v), strict=True)
             )
-        mixed = attention(q, k, v, context.seen)
+        mixed = attention(q, k, v, context.queries, context.keys, self.window, self.kernel)
         y = biased(einsum("BTHh,DHh->BTD", mixed, self.o.get_value()), self.o_bias)
         return y, None if cache is None else (k, v)
 

@@ -1,4 +1,7 @@
-"""Attention. One call site for every model; a backend is one function here.
+"""Attention. One call site for every model; a kernel is one function here.
+
+A kernel raises NotImplementedError for what it can't do, and the plain one is taken. All of them are the same
+mathematics.
 
 Axes: B batch, T query time, S key time, K key/value heads, G query heads a key/value head, h head_dim.
 """
@@ -9,6 +12,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+BLOCK = 256  # queries whose scores are alive at a time
 
 
 class Tokens(NamedTuple):
@@ -23,21 +28,74 @@ class Tokens(NamedTuple):
 
 
 def visible(queries: Tokens, keys: Tokens, window: int | None) -> jax.Array:
-    """[B, T, S] bool: a query sees the keys of its own document, not after it, at most `window - 1` before it."""
+    """[B, T, S] bool: a query sees keys of its own document, not after it, at most `window - 1` before it."""
     ahead = queries.positions[:, :, None] - keys.positions[:, None, :]
     seen = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (ahead >= 0)
     return seen if window is None else seen & (ahead < window)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(h)) v over the keys that are `seen`.
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    window: int | None = None,
+    kernel: str = "xla",
+) -> jax.Array:
+    """softmax(q k^T / sqrt(h)) v over the keys that are `visible`.
 
-    q [B, T, K*G, h], k and v [B, S, K, h], seen [B, T, S] -> [B, T, K*G, h]. Scores and softmax are fp32.
-    A padding query sees the padding, so no row is empty and nothing is NaN.
+    q [B, T, K*G, h], k and v [B, S, K, h] -> [B, T, K*G, h]. Scores and softmax are fp32. A query that sees
+    no key takes the mean of all values.
     """
+    try:
+        return KERNELS[kernel](q, k, v, queries, keys, window)
+    except NotImplementedError:
+        return plain(q, k, v, queries, keys, window)
+
+
+def plain(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens, window: int | None
+) -> jax.Array:
+    """`attention` that holds all scores, [B, K, G, T, S], and their softmax for the backward pass."""
     batch, time, heads, head_dim = q.shape
     grouped = q.reshape(batch, time, k.shape[2], -1, head_dim)
     scores = jnp.einsum("BTKGh,BSKh->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    seen = visible(queries, keys, window)[:, None, None]
+    scores = jnp.where(seen, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("BKGTS,BSKh->BTKGh", probs, v).reshape(batch, time, heads, head_dim)
+
+
+def blocked(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens, window: int | None
+) -> jax.Array:
+    """`attention` that holds the scores of one block of queries, formed again in the backward pass.
+
+    Memory grows with S instead of T * S (arXiv:2112.05682, with blocks over queries only). Queries that fit
+    one block, as when sampling, are left to `plain`.
+    """
+    time = q.shape[1]
+    count = -(-time // BLOCK)
+    if count == 1:
+        raise NotImplementedError("one block is the plain attention")
+    size = -(-time // count)
+
+    def split(x: jax.Array, fill: int = 0) -> jax.Array:
+        pad = [(0, 0), (0, count * size - time), *[(0, 0)] * (x.ndim - 2)]
+        padded = jnp.pad(x, pad, constant_values=fill)
+        return padded.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    # Gradients of keys and values are sums over blocks, and sums are fp32.
+    wide_k, wide_v = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    def block(part: tuple[jax.Array, Tokens]) -> jax.Array:
+        return plain(part[0], wide_k.astype(k.dtype), wide_v.astype(v.dtype), part[1], keys, window)
+
+    # What fills the last block is of no document: it sees nothing, and is cut off.
+    parts = split(q), Tokens(split(queries.positions), split(queries.segments, fill=-1))
+    y = jax.lax.map(jax.checkpoint(block, prevent_cse=False), parts)
+    return y.swapaxes(0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :time]
+
+
+KERNELS = {"xla": plain, "blocked": blocked}

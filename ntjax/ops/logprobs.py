@@ -17,11 +17,15 @@ CHUNK_BYTES = 2**27  # of fp32 logits alive at a time
 
 
 class TokenLogprobs(NamedTuple):
-    """Of each token given those before it: log-probability, the distribution's entropy (nats), was it the mode."""
+    """Of each token given those before it: log-probability, the distribution's entropy (nats), was it the mode.
+
+    `log_collision` is the log of the sum of squared probabilities. What isn't used of them isn't computed.
+    """
 
     logp: jax.Array  # [B, T] fp32
     entropy: jax.Array  # [B, T] fp32, no gradient
     correct: jax.Array  # [B, T] bool
+    log_collision: jax.Array  # [B, T] fp32, no gradient
 
 
 @jax.custom_vjp
@@ -47,7 +51,8 @@ def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[To
         # The first of the largest, as argmax, which XLA on CPU doesn't vectorise.
         mode = jnp.min(jnp.where(logits == top, ids, logits.shape[-1]), axis=-1)
         entropy = log_z - jnp.sum(exps * logits, axis=-1) / total
-        return None, (TokenLogprobs(chosen - log_z, entropy, mode == t), log_z)
+        log_collision = jnp.log(jnp.sum(jnp.square(exps), axis=-1)) - 2 * jnp.log(total)
+        return None, (TokenLogprobs(chosen - log_z, entropy, mode == t, log_collision), log_z)
 
     scores, log_z = _over_chunks(chunk, None, (hidden, targets), head)[1]
     return scores, (hidden, head, targets, log_z)

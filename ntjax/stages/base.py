@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ntjax.config.settings import Table, setting
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
-    from ntjax.data.encoded import Encoded
     from ntjax.data.files import Rows
+    from ntjax.data.loader import Examples
     from ntjax.models import Model
-    from ntjax.step import Loss
+    from ntjax.params import Params
+    from ntjax.step import Batch, Loss
 
 # Schedule -> the names that lr_scheduler_kwargs may hold for it.
 SCHEDULES = {
@@ -112,12 +113,11 @@ ABSENT = {
 class StageConfig(Table):
     """What every stage can be told. Left at None, a setting takes its value from the rest of the config."""
 
-    stage_type: str = setting(
-        later={kind: f"{kind} stages" for kind in ("pretrain", "reward", "dpo", "ppo", "grpo")}
-    )
+    stage_type: str = setting(later={kind: f"{kind} stages" for kind in ("ppo", "grpo")})
     stage_name: str = setting("")
     load_from: str | None = setting(None)
     output_dir: str | None = setting(None)
+    merge_adapter: bool = setting(False)  # of the stage before; else it is trained on
 
     num_train_epochs: float = setting(3.0, above=0)
     max_steps: int = setting(-1, at_least=-1)
@@ -185,6 +185,9 @@ class StageConfig(Table):
     metric_for_best_model: str | None = setting(None)
     greater_is_better: bool | None = setting(None)
 
+    scores: ClassVar[bool] = False  # whether the model gives a score instead of the next token
+    streams: ClassVar[bool] = False  # whether data may be read while it is trained on
+    learns_to_stop: ClassVar[bool] = False  # whether rows should end with a stop token that is learned
     merged = "stage_kwargs"
     absent = ABSENT
     inherent = {
@@ -208,6 +211,11 @@ class StageConfig(Table):
         """Whether several examples share a row."""
         return False
 
+    @property
+    def packs_in_order(self) -> bool:
+        """Whether rows are packed in the order of the file, never in one drawn from the seed."""
+        return False
+
     def encode(
         self,
         rows: Rows,
@@ -215,13 +223,17 @@ class StageConfig(Table):
         dataset: DatasetConfig,
         formatting_func: Callable[..., Any] | None,
         vocab: int,
-    ) -> Encoded:
+    ) -> Examples:
         """Every row as tokens, and which of them are learned; `vocab` is the number the model has. On the host."""
         raise NotImplementedError
 
     def loss(self, model: Model) -> Loss:
-        """(params, batch) -> metrics, pure; `losses.py` has what they are made of."""
+        """(params, batch) -> metrics, pure; `losses/` has what they are made of."""
         raise NotImplementedError
+
+    def reference_scores(self, model: Model) -> Callable[[Params, Batch], Batch] | None:
+        """(the reference's weights, a microbatch) -> arrays that the loss needs of it; None where it needs none."""
+        return None
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.bf16 and self.fp16:
@@ -247,3 +259,20 @@ class StageConfig(Table):
             yield "learning_rate", f"polynomial decays to lr_end ({end}), which must be below it"
         if self.do_eval is False and self.eval_strategy != "no":
             yield "do_eval", f"eval_strategy = {self.eval_strategy!r} asks for evaluation"
+
+
+def next_token_loss(model: Model) -> Loss:
+    """Negative log-likelihood of the learned tokens, each predicted from those before it."""
+    import jax.numpy as jnp
+
+    from ntjax.losses.nll import nll
+    from ntjax.ops.attention import Tokens
+    from ntjax.ops.logprobs import token_logprobs
+
+    def loss(params: Any, batch: Any) -> Any:
+        hidden, _ = model.hidden(params, batch["tokens"], Tokens(batch["positions"], batch["segments"]))
+        # Position t predicts token t + 1; the last one predicts nothing, and no row learns its first token.
+        targets, mask = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "mask"))
+        return nll(token_logprobs(hidden, model.head(params), targets), mask)
+
+    return loss

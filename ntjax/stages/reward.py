@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting
 from ntjax.stages.base import StageConfig
+
+if TYPE_CHECKING:
+    from ntjax.config import DatasetConfig
+    from ntjax.data.files import Rows
+    from ntjax.data.pairs import EncodedPairs
+    from ntjax.models import Model
+    from ntjax.params import Params
+    from ntjax.step import Batch, Loss
 
 
 @dataclass(frozen=True)
@@ -15,6 +25,64 @@ class Options(StageConfig):
     max_length: int = setting(1024, at_least=2, aliases=("max_seq_length",))
     center_rewards_coefficient: float | None = setting(None, at_least=0)
     disable_dropout: bool = setting(True)
-    chat_template_path: str | None = setting(None)
-    eos_token: str | None = setting(None)
-    pad_token: str | None = setting(None)
+    chat_template_path: str | None = setting(None, later="a chat template of your own")
+    eos_token: str | None = setting(None, later="a choice of the end-of-text token")
+    pad_token: str | None = setting(None, later="a choice of the padding token")
+
+    scores = True
+
+    @property
+    def row_length(self) -> int:
+        return self.max_length
+
+    def encode(
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        dataset: DatasetConfig,
+        formatting_func: Callable[..., Any] | None,
+        vocab: int,
+    ) -> EncodedPairs:
+        """Whole conversations in pairs, with their margins; pairs longer than `max_length` are dropped."""
+        from functools import partial
+
+        from ntjax.data.pairs import PairEncoder, encode_pairs, encode_reward
+
+        encode = partial(encode_reward, max_length=self.max_length)
+        return encode_pairs(
+            rows,
+            PairEncoder(encode, tokenizer, dataset, formatting_func),
+            max_bad_rows=dataset.max_bad_rows,
+            vocab_size=vocab,
+            workers=dataset.preprocessing_num_workers,
+            too_long="an answer is longer than max_length",
+        )
+
+    def loss(self, model: Model) -> Loss:
+        """Bradley-Terry on the scores of the pairs; the model has a head of one label, the score."""
+        import jax.numpy as jnp
+
+        from ntjax.losses.documents import last_positions
+        from ntjax.losses.reward import reward_metrics
+        from ntjax.ops.attention import Tokens
+        from ntjax.weights import einsum
+
+        def loss(params: Params, batch: Batch) -> Any:
+            tokens, segments, positions = (
+                batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "positions")
+            )
+            hidden, _ = model.hidden(params, tokens, Tokens(positions, segments))
+            valid = batch["pairs"]
+            ends = last_positions(segments, valid.shape[1])
+            last = jnp.take_along_axis(hidden, ends[..., None], axis=1).astype(jnp.float32)
+            scores = einsum("RSD,LD->RSL", last, model.head(params)).reshape(len(valid), 2, -1)
+            margin = batch["margin"].reshape(-1) if "margin" in batch else None
+            return reward_metrics(
+                scores[:, 0].reshape(-1),
+                scores[:, 1].reshape(-1),
+                valid.reshape(-1),
+                margin,
+                self.center_rewards_coefficient,
+            )
+
+        return loss

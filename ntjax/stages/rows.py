@@ -9,14 +9,18 @@ from ntjax.config import Config, DatasetConfig
 from ntjax.data.rows import Picked, Rows, held_out, open_rows
 
 
-def stage_rows(config: Config, dataset: DatasetConfig, seed: int) -> tuple[Rows, Rows | None]:
-    """Training rows, and evaluation rows where the data set has them.
+def stage_rows(config: Config, dataset: DatasetConfig, seed: int) -> tuple[Rows | None, Rows | None]:
+    """Training rows, None where they are streamed, and evaluation rows where the data set has them.
 
     `validation_split_ratio` holds out rows drawn with `seed`; both parts keep the order of the file.
     """
     folders = [config.path.parent, Path.cwd()]
-    rows = open_rows(dataset, folders)
-    if dataset.validation_split_ratio is not None:
+    rows: Rows | None = None
+    if dataset.streaming:
+        dataset = replace(dataset, streaming=False)
+    else:
+        rows = open_rows(dataset, folders)
+    if rows is not None and dataset.validation_split_ratio is not None:
         rows, evaluation = held_out(rows, dataset.validation_split_ratio, seed)
     elif dataset.eval_split is not None:
         evaluation = open_rows(replace(dataset, num_samples=None), folders, dataset.eval_split)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting
-from ntjax.stages.base import StageConfig
+from ntjax.stages.base import StageConfig, next_token_loss
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
@@ -47,6 +47,8 @@ class Options(StageConfig):
     eos_token: str | None = setting(None, later="a choice of the end-of-text token")
     pad_token: str | None = setting(None, later="a choice of the padding token")
 
+    learns_to_stop = True
+
     @property
     def row_length(self) -> int:
         return self.max_length
@@ -83,17 +85,5 @@ class Options(StageConfig):
         )
 
     def loss(self, model: Model) -> Loss:
-        """Negative log-likelihood of the learned tokens, each predicted from those before it."""
-        import jax.numpy as jnp
-
-        from ntjax.losses import nll
-        from ntjax.ops.attention import Tokens
-        from ntjax.ops.logprobs import token_logprobs
-
-        def loss(params: Any, batch: Any) -> Any:
-            hidden, _ = model.hidden(params, batch["tokens"], Tokens(batch["positions"], batch["segments"]))
-            # Position t predicts token t + 1; the last one predicts nothing, and no row learns its first token.
-            targets, mask = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "mask"))
-            return nll(token_logprobs(hidden, model.head(params), targets), mask)
-
-        return loss
+        """Negative log-likelihood of the learned tokens."""
+        return next_token_loss(model)

@@ -133,3 +133,21 @@ def test_a_command_from_nothing_prints_the_same(
     ended = cold(place, args, {"XLA_FLAGS": ""})
     assert ended.code == 0, ended.err
     assert ended.out == ntjax(*args).out
+
+
+def test_inspect_shows_both_documents_of_a_pair(
+    ntjax: Callable[..., Result], place: Path, config: Callable[..., Path]
+) -> None:
+    row = {"prompt": "What is the sea?", "chosen": " It is blue.", "rejected": " It is 7."}
+    write_rows(place / "preferences.jsonl", [row])
+    dataset = {"dataset_path": "preferences.jsonl", "max_length": 64}
+    args = "inspect", "--config", config("pairs", {"stage_type": "dpo"}, dataset=dataset)
+    plain, as_json = ntjax(*args), ntjax(*args, "--json")
+    assert (plain.code, as_json.code) == (0, 0), plain.err + as_json.err
+    chosen, rejected = plain.out.split("rejected:\n")
+    assert chosen.startswith("chosen:\nWhat is the sea?[[ It is blue.<|im_end|>]]\n-- ")
+    assert rejected.startswith("What is the sea?[[ It is 7.<|im_end|>]]\n-- ")
+    shown = [json.loads(line) for line in as_json.out.splitlines()]
+    assert [one["part"] for one in shown] == ["chosen", "rejected"]
+    assert [list(one) for one in shown] == [["part", "tokens", "text", "mask", "truncated"]] * 2
+    assert "".join(shown[1]["text"]) == "What is the sea? It is 7.<|im_end|>"

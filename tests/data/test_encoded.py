@@ -46,6 +46,14 @@ def test_examples_end_to_end():
     assert (encoded.tokens.dtype, encoded.mask.dtype, encoded.offsets.dtype) == (np.int32, np.bool_, np.int64)
 
 
+def test_a_batch_is_the_examples_of_each_slot():
+    encoded = encode_rows(rows((3, 1), (2, 1)), counted)
+    batch = encoded.batch([[1, 0], []], length=6, documents=2, pad_id=9)
+    assert batch["tokens"].tolist() == [[0, 1, 0, 1, 2, 9], [9] * 6]
+    assert batch["segments"].tolist() == [[1, 1, 2, 2, 2, 0], [0] * 6]
+    assert encoded.sizes.tolist() == [3, 2]
+
+
 def test_rows_with_nothing_to_learn_are_dropped_and_counted():
     encoded = encode_rows(rows((3, 1), (3, 0), (2, 1)), counted)
     assert (len(encoded), encoded.read, encoded.nothing_to_learn) == (2, 3, 1)

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from ntjax.data.batch import Example
+from ntjax.data.batch import Example, collate
 from ntjax.data.loader import Plan, batches
 
 
@@ -21,6 +21,10 @@ class Numbered:
     def example(self, index):
         length = self.lengths[index]
         return Example(np.full(length, index + 1, np.int32), np.arange(length) > 0)
+
+    def batch(self, slots, length, documents, pad_id):
+        self.documents = documents
+        return collate([[self.example(row) for row in slot] for slot in slots], length, pad_id)
 
 
 LENGTHS = np.random.default_rng(0).integers(2, 100, 53)
@@ -103,6 +107,15 @@ def test_unshuffled_packs_are_first_fit_in_file_order():
 )
 def test_steps_take_the_smallest_bucket_that_holds_their_rows(lengths, length):
     assert Plan(np.array(lengths), 700, rows_per_microbatch=2).length(0) == length
+
+
+@pytest.mark.parametrize(("packing", "documents"), [(False, 1), (True, 3)])
+def test_batches_are_told_the_most_rows_of_a_slot(packing, documents):
+    """5 + 4 and 2 + 2 + 2 fit in 9, so the second slot has three."""
+    one = Plan(np.array([5, 4, 2, 2, 2]), 9, rows_per_microbatch=1, shuffle=False, packing=packing)
+    rows = Numbered(one.lengths)
+    next(batches(one, rows, pad_id=0, threads=0))
+    assert rows.documents == one.documents == documents
 
 
 def test_packed_steps_have_one_length():

@@ -1,4 +1,4 @@
-"""Who sees whom, by hand; what they make of it, against torch."""
+"""Who sees whom, by hand; what they make of it, against torch; kernels, against the plain one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ntjax.ops.attention import Tokens, attention, visible
+from ntjax.ops import attention as module
+from ntjax.ops.attention import Tokens, attention, blocked, visible
 
 PACKED = Tokens(jnp.asarray([[0, 1, 2, 0, 1, 0]]), jnp.asarray([[1, 1, 1, 2, 2, 0]]))
 
@@ -42,13 +43,24 @@ def test_slots_of_a_cache_that_are_not_written_are_not_seen() -> None:
     assert visible(query, keys, None)[0].astype(int).tolist() == [[0, 1, 1, 1, 0, 0]]
 
 
-def arrays(dtype: str = "float32") -> tuple[list[jax.Array], jax.Array]:
-    """q [2, 5, 4, 8], k and v [2, 7, 2, 8], and a random [2, 5, 7] of which every query sees something."""
+def tokens(count: int, rng: np.random.Generator) -> Tokens:
+    """Two rows of `count`: documents of random lengths from some point of their own on, then padding."""
+    positions, segments = np.zeros((2, 2, count), np.int32)
+    for row in range(2):
+        start, segment = 0, 1
+        while start < count - 2:
+            end = min(start + int(rng.integers(2, count // 2 + 3)), count - 1)
+            positions[row, start:end] = rng.integers(0, 9) + np.arange(end - start)
+            segments[row, start:end] = segment
+            start, segment = end, segment + 1
+    return Tokens(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def arrays(time: int, slots: int, dtype: str = "float32") -> list[jax.Array]:
+    """q [2, time, 4, 8], k and v [2, slots, 2, 8]."""
     rng = np.random.default_rng(0)
-    shapes = [(2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8)]
-    seen = rng.random((2, 5, 7)) < 0.5
-    seen[..., 0] = True
-    return [jnp.asarray(2 * rng.standard_normal(s), dtype) for s in shapes], jnp.asarray(seen)
+    shapes = [(2, time, 4, 8), (2, slots, 2, 8), (2, slots, 2, 8)]
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
 def in_torch(qkv: list[jax.Array], seen: jax.Array) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -60,10 +72,16 @@ def in_torch(qkv: list[jax.Array], seen: jax.Array) -> tuple[list[torch.Tensor],
     return leaves, y.transpose(1, 2)
 
 
-def test_attention_and_its_gradient_are_torchs() -> None:
-    qkv, seen = arrays()
+@pytest.mark.parametrize("kernel", ["xla", "blocked"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_and_its_gradient_are_torchs(
+    kernel: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", 4)
+    place = tokens(11, np.random.default_rng(1))
+    qkv, seen = arrays(11, 11), visible(place, place, window)
     leaves, reference = in_torch(qkv, seen)
-    y, backward = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, seen)), *qkv)
+    y, backward = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, place, place, window, kernel)), *qkv)
     np.testing.assert_allclose(y, reference.detach().numpy(), atol=1e-6)
     cotangent = np.random.default_rng(1).standard_normal(y.shape).astype(np.float32)
     reference.backward(torch.tensor(cotangent))
@@ -73,20 +91,90 @@ def test_attention_and_its_gradient_are_torchs() -> None:
 
 
 def test_bf16_scores_are_summed_and_normalised_in_fp32() -> None:
-    # 256 keys with the same score: in bf16 their sum would stick at 256 ones, and 1/257 isn't there either.
+    # 300 keys with the same score: in bf16 their sum would stick at 256 ones, and 1/257 isn't there either.
     q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 300, 1, 8), jnp.bfloat16)
     v = jnp.ones((1, 300, 1, 8), jnp.bfloat16)
-    y = attention(q, k, v, jnp.ones((1, 1, 300), bool))
+    query, keys = (Tokens(jnp.zeros((1, n), int), jnp.ones((1, n), int)) for n in (1, 300))
+    y = attention(q, k, v, query, keys)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), 1.0, rtol=2**-8)
-    scores = [e for e in jax.make_jaxpr(attention)(q, k, v, jnp.ones((1, 1, 300), bool)).eqns]
+    scores = jax.make_jaxpr(attention)(q, k, v, query, keys).eqns
     products = [e for e in scores if e.primitive.name == "dot_general"]
     assert products[0].outvars[0].aval.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("kernel", ["xla", "blocked"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_query_that_sees_nothing_is_finite(dtype: str) -> None:
-    qkv, seen = arrays(dtype)
-    blind = jnp.zeros_like(seen)
-    y, backward = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, blind)), *qkv)
+def test_a_query_that_sees_nothing_is_finite(
+    dtype: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", 2)
+    queries, keys = (Tokens(jnp.zeros((2, n), int), jnp.full((2, n), n)) for n in (5, 7))
+    assert not visible(queries, keys, None).any()
+    y, backward = jax.vjp(
+        jax.jit(lambda q, k, v: attention(q, k, v, queries, keys, None, kernel)), *arrays(5, 7, dtype)
+    )
     assert all(bool(jnp.isfinite(x.astype(jnp.float32)).all()) for x in (y, *backward(y)))
+
+
+def same(qkv: list[jax.Array], queries: Tokens, keys: Tokens, window: int | None = None) -> None:
+    """Asserts that values and gradients of the blocked kernel are the plain one's."""
+
+    def kernel(name: str) -> tuple[jax.Array, list[jax.Array]]:
+        y, backward = jax.vjp(lambda q, k, v: attention(q, k, v, queries, keys, window, name), *qkv)
+        return y, backward(jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+
+    for ours, theirs in zip(jax.tree.leaves(kernel("blocked")), jax.tree.leaves(kernel("xla")), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 4, 5, 16])
+def test_blocks_of_packed_rows(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
+    place = tokens(17, np.random.default_rng(2))
+    same(arrays(17, 17), place, place)
+    same(arrays(17, 17), place, place, window=4)
+
+
+def test_blocks_of_rows_padded_on_the_left_that_go_on_in_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 4)
+    # Row 0 has two slots of padding and six of a prompt, row 1 eight; both now add six tokens; two are left.
+    slot = np.arange(16)
+    positions = np.stack([np.maximum(slot - 2, 0), slot])
+    segments = np.stack([(slot >= 2) & (slot < 14), slot < 14]).astype(np.int32)
+    keys = Tokens(jnp.asarray(np.where(slot < 14, positions, 0)), jnp.asarray(segments))
+    queries = Tokens(keys.positions[:, 8:14], keys.segments[:, 8:14])
+    same(arrays(6, 16), queries, keys)
+    same(arrays(6, 16), queries, keys, window=3)
+
+
+def test_a_prompt_of_one_block_and_a_single_query_are_left_to_the_plain_kernel() -> None:
+    place = Tokens(jnp.zeros((2, 1), int), jnp.ones((2, 1), int))
+    q, k, v = arrays(1, 1)
+    with pytest.raises(NotImplementedError):
+        blocked(q, k, v, place, place, None)
+    same([q, k, v], place, place)
+
+
+def scratch(time: int, kernel: str) -> int:
+    """Bytes that the compiled gradient needs beside its arguments and results, for 4 heads."""
+    q, k, v = (jax.ShapeDtypeStruct((1, time, heads, 16), jnp.float32) for heads in (4, 2, 2))
+    place = Tokens(jnp.arange(time)[None], jnp.ones((1, time), int))
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, place, place, None, kernel).sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    analysis = gradient.lower(q, k, v).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def test_blocks_need_no_memory_for_whole_scores() -> None:
+    scores = 4 * 4 * 2048**2
+    assert scratch(2048, "xla") > 3 * scores
+    assert scratch(2048, "blocked") < 0.6 * scores
+
+
+def test_memory_of_blocks_grows_with_time_alone() -> None:
+    assert scratch(4096, "blocked") < 2.1 * scratch(2048, "blocked")

@@ -1,8 +1,4 @@
-"""Losses: functions of per-token log-probabilities and masks to metrics. Arrays in, sums and counts out.
-
-Axes: B rows, T time. Every loss returns `Metrics` with "loss", whose total is differentiated and divided by its
-weight once all microbatches are summed, so accumulation is exact under any mask.
-"""
+"""The loss of supervised fine-tuning and of pretraining. Axes: B rows, T time."""
 
 from __future__ import annotations
 

@@ -1,0 +1,185 @@
+"""Preferences as tokens: pairs of documents, and all pairs of a data set in flat arrays.
+
+Token ids and masks are those of TRL 1.16 (`DPOTrainer._prepare_dataset`, `RewardTrainer._prepare_dataset`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntjax.data.batch import Example, Pair
+from ntjax.data.chat import Canonical, formatted
+from ntjax.data.encode import agreeing, answered, asked
+from ntjax.data.encoded import Encoded, gather
+from ntjax.data.files import Row, Rows
+from ntjax.data.preference import check_columns, preference, split_prompt
+from ntjax.data.spans import Tokenizer
+from ntjax.errors import BadData
+
+if TYPE_CHECKING:
+    from ntjax.config import DatasetConfig
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPairs:
+    """Pairs: document 2k is what was chosen in pair k, document 2k + 1 what was rejected.
+
+    `margin` [pairs] float32; `ref_logps` [pairs, 2] float32, the log-probabilities of both completions under
+    the reference model. Either may be absent.
+    """
+
+    documents: Encoded
+    margin: np.ndarray | None = None
+    ref_logps: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.documents) // 2
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the longer document of each pair."""
+        return self.documents.lengths.reshape(-1, 2).max(axis=1)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Tokens of both documents of each pair."""
+        return self.documents.lengths.reshape(-1, 2).sum(axis=1)
+
+    def example(self, index: int) -> Pair:
+        """Pair `index`, a view of the arrays."""
+        chosen, rejected = self.documents.example(2 * index), self.documents.example(2 * index + 1)
+        return Pair(chosen, rejected, None if self.margin is None else float(self.margin[index]))
+
+    def batch(
+        self, slots: Sequence[Sequence[int]], length: int, documents: int, pad_id: int
+    ) -> dict[str, np.ndarray]:
+        """Two rows for each slot, what was chosen and what was rejected, pair k of the slot segment k + 1 of both.
+
+        `collate`'s arrays [batch, 2, length]; `pairs` [batch, documents] bool, which places hold a pair; where
+        there are such, `margin` [batch, documents] and `ref_logps` [batch, 2, documents], 0 in empty places.
+        """
+        chosen, rejected = (
+            self.documents.batch(
+                [[2 * pair + side for pair in slot] for slot in slots], length, documents, pad_id
+            )
+            for side in (0, 1)
+        )
+        batch = {name: np.stack([chosen[name], rejected[name]], axis=1) for name in chosen}
+        batch["pairs"] = np.array([[place < len(slot) for place in range(documents)] for slot in slots])
+        if self.margin is not None:
+            batch["margin"] = _placed(self.margin, slots, documents)
+        if self.ref_logps is not None:
+            sides = [_placed(self.ref_logps[:, side], slots, documents) for side in (0, 1)]
+            batch["ref_logps"] = np.stack(sides, axis=1)
+        return batch
+
+    def digest(self) -> str:
+        """32 hex digits that change when any token, mask, border or margin does."""
+        digest = hashlib.blake2b(self.documents.digest().encode(), digest_size=16)
+        if self.margin is not None:
+            digest.update(self.margin.data)
+        return digest.hexdigest()
+
+    def report(self) -> str:
+        """What became of the rows, for people."""
+        told = self.documents
+        learned, total = int(told.mask.sum()), len(told.tokens)
+        alike = sum(
+            np.array_equal(pair.chosen.tokens, pair.rejected.tokens)
+            for pair in map(self.example, range(len(self)))
+        )
+        notes = [
+            (int(told.truncated.reshape(-1, 2).any(axis=1).sum()), "truncated"),
+            (told.nothing_to_learn, "dropped: too long for max_length"),
+            (alike, "with the same tokens on both sides"),
+            (told.bad, "bad rows passed over"),
+        ]
+        said = "; ".join(f"{count} {what}" for count, what in notes if count)
+        share = f"{learned} of {total} tokens learned ({learned / total:.0%})"
+        lines = [f"{len(self)} pairs of {told.read} rows, {share}", said, *told.complaints]
+        return "\n".join(line for line in lines if line)
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """row, place -> pairs: one, or as many as `formatting_func` makes of the row.
+
+    `encode` is `encode_dpo` or `encode_reward` but for the row, the tokenizer and the place.
+    """
+
+    encode: Callable[..., Pair]
+    tokenizer: Tokenizer
+    fields: DatasetConfig
+    formatting_func: Callable[[Row], Any] | None = None
+
+    def __call__(self, row: Row, where: str) -> list[Pair]:
+        function = self.formatting_func
+        rows = [row] if function is None else formatted(row, function, where, self.fields.text_field)
+        return [self.encode(preference(one, self.fields, where), self.tokenizer, where=where) for one in rows]
+
+
+def encode_pairs(rows: Rows, encoder: PairEncoder, **options: Any) -> EncodedPairs:
+    """Every pair of every row, in order; those with nothing to learn in either document are dropped.
+
+    Options and errors are `gather`'s. Raises InputMissing where the columns aren't those of preferences, and
+    BadData where some rows have a margin and others don't.
+    """
+    if encoder.formatting_func is None:
+        with suppress(BadData):  # a first row that can't be read is counted with the others
+            check_columns(rows[0], encoder.fields, rows.where(0))
+    gathered = gather(rows, encoder, **options)
+    margins = [pair.margin for pair in gathered.kept]
+    if all(margin is None for margin in margins):
+        return EncodedPairs(gathered.encoded())
+    if None in margins:
+        place = rows.where(gathered.sources[margins.index(None)])
+        raise BadData(
+            "no margin, and other rows have one", where=place, fix="give every row a margin, or none"
+        )
+    return EncodedPairs(gathered.encoded(), np.array(margins, np.float32))
+
+
+def encode_dpo(
+    row: Canonical, tokenizer: Tokenizer, *, max_length: int, keep_end: bool = False, where: str = "row"
+) -> Pair:
+    """Prompt and answer, twice; what comes after the prompt that both share is learned.
+
+    The first `max_length` tokens are kept, or with `keep_end` the last.
+    """
+    row = split_prompt(row, where)
+    prompt = asked(row, tokenizer, where)
+    chosen, rejected = (answered(row, row[side], tokenizer, where) for side in ("chosen", "rejected"))
+    shared = min(agreeing(prompt, chosen), agreeing(prompt, rejected))
+    kept = slice(-max_length, None) if keep_end else slice(max_length)
+    return Pair(_cut(chosen, shared, kept), _cut(rejected, shared, kept))
+
+
+def encode_reward(row: Canonical, tokenizer: Tokenizer, *, max_length: int, where: str = "row") -> Pair:
+    """Both conversations whole: a cut one has no end to be judged at, so a pair too long has nothing to learn."""
+    row = {"prompt": row["chosen"][:0], **row}
+    chosen, rejected = (answered(row, row[side], tokenizer, where) for side in ("chosen", "rejected"))
+    kept = slice(max_length)
+    judged = 0 if max(len(chosen), len(rejected)) <= max_length else max_length
+    return Pair(_cut(chosen, judged, kept), _cut(rejected, judged, kept), row.get("margin"))
+
+
+def _cut(tokens: list[int], prompt: int, kept: slice) -> Example:
+    """The kept tokens; those after the first `prompt` are learned, but for one that nothing predicts."""
+    mask = (np.arange(len(tokens)) >= prompt)[kept]
+    mask[:1] = False
+    return Example(np.asarray(tokens[kept], np.int32), mask, len(mask) < len(tokens))
+
+
+def _placed(values: np.ndarray, slots: Sequence[Sequence[int]], documents: int) -> np.ndarray:
+    """[slots, documents] float32: the value of each pair at its place, 0 in the others."""
+    placed = np.zeros((len(slots), documents), np.float32)
+    for row, slot in enumerate(slots):
+        placed[row, : len(slot)] = values[list(slot)]
+    return placed

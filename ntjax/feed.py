@@ -1,0 +1,111 @@
+"""What a stage is fed: batches of a plan made beforehand, or of a stream read while it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ntjax.data.lazy import Files, Hub
+from ntjax.data.loader import Examples, Plan, batches
+from ntjax.data.stream import Stream, ahead
+from ntjax.data.text import TextEncoder
+
+
+class Fed(NamedTuple):
+    """The arrays of a step [microbatches, rows of this process, ...], and what is known of it over all processes.
+
+    `epoch` is that after the step; `position` is what a stream goes on from after it, None where the step says it.
+    """
+
+    batch: dict[str, np.ndarray]
+    tokens: int
+    epoch: float
+    position: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Examples, and the plan that says which of them each step sees."""
+
+    plan: Plan
+    examples: Examples
+    pad_id: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.plan.steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        return self.plan.steps_per_epoch
+
+    def tokens(self, step: int) -> int:
+        """Tokens, padding left out, that a step reads over all processes."""
+        sizes = self.examples.sizes
+        return sum(int(sizes[row]) for rows in self.plan.slots(step) for slot in rows for row in slot)
+
+    @contextmanager
+    def open(self, start: int = 0, position: dict[str, int] | None = None) -> Iterator[Iterator[Fed]]:
+        """The steps from `start` on."""
+        rows = batches(
+            self.plan,
+            self.examples,
+            self.pad_id,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        yield (
+            Fed(batch, self.tokens(step), self.plan.epoch(step + 1)) for step, batch in enumerate(rows, start)
+        )
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Text that is read, tokenised and packed while it is trained on."""
+
+    source: Files | Hub
+    encoder: TextEncoder
+    steps: int
+    length: int
+    rows: int  # of a microbatch, over all processes
+    accumulation: int
+    max_bad_rows: int
+    pad_id: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Not known: the whole stage counts as one."""
+        return self.steps
+
+    @contextmanager
+    def open(self, start: int = 0, position: dict[str, int] | None = None) -> Iterator[Iterator[Fed]]:
+        """The steps from `start` on, which begin at `position`."""
+        stream = Stream(
+            self.source,
+            self.encoder,
+            self.length,
+            self.rows,
+            self.accumulation,
+            self.pad_id,
+            position,
+            max_bad_rows=self.max_bad_rows,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        rows = ahead(stream)
+        try:
+            steps = zip(range(start, self.steps), rows, strict=False)
+            yield (Fed(batch, tokens, float(at["epoch"]), at) for _, (batch, at, tokens) in steps)
+        finally:
+            rows.close()
+
+
+Feed = Planned | Streamed

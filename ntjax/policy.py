@@ -1,0 +1,209 @@
+"""The weights of a stage: those it trains, those it only reads, and the reference it is held against.
+
+A weight is trained whole, or frozen, or frozen with an adapter around it. Adapters make the frozen weights the
+reference as well: the same arrays without them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from ntjax import lora
+from ntjax.config import ModelConfig
+from ntjax.errors import ConfigError
+from ntjax.hf.folder import HARMLESS, Quantise, load_params, open_weights
+from ntjax.hf.peft import load_adapter
+from ntjax.lora import Plan
+from ntjax.models import Model
+from ntjax.params import Params, Specs, decays, initial
+from ntjax.quantised import EightBit, FourBit, Kind, quantise_4bit, quantise_8bit
+from ntjax.step import Join, union
+from ntjax.targets import Where
+from ntjax.weights import dense
+
+LANGUAGE_HEAD = r"^lm_head\.weight$"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`join(frozen, trainable, key)` are the model's weights; `specs` declare the trainable ones."""
+
+    trainable: Params
+    frozen: Params
+    specs: Specs
+    plan: Plan | None = None
+    start: Params | None = None  # the adapters' first values, where PiSSA took them out of the base
+
+    @property
+    def join(self) -> Join:
+        """(frozen, trainable, dropout key or None) -> the model's weights."""
+        return self.plan.join if self.plan else union
+
+
+def adapters(
+    settings: ModelConfig,
+    specs: Specs,
+    folder: Path | None,
+    *,
+    merge: bool,
+    where: Where = lambda setting: None,
+) -> tuple[Plan | None, tuple[Plan, Params] | None]:
+    """What is trained of adapters (None: all weights are), and the adapter in the PEFT `folder`.
+
+    Raises ConfigError at `where(setting)`: no module is a target, or the adapter to go on with isn't the one that
+    settings describe.
+    """
+    adapter = None
+    if folder is not None:
+        adapter = load_adapter(folder, specs)
+    if not settings.use_lora:
+        return None, adapter
+    plan = lora.plan(settings.lora_config, specs, where=where)
+    if "head" in plan.ranks:
+        raise ConfigError(
+            "an adapter on lm_head would form whole logits",
+            where=where("target_modules"),
+            fix='leave it out, or train it whole: modules_to_save = ["lm_head"]',
+        )
+    if adapter is not None and not merge and not plan.has(adapter[0]):
+        raise ConfigError(
+            f"the adapter in {folder} has other ranks, scales or modules than [model.lora_config]",
+            where=where("r"),
+            fix="write the settings it was trained with, or merge_adapter = true to start a new one on it",
+        )
+    return plan, adapter
+
+
+def load_policy(
+    source: Path,
+    model: Model,
+    settings: ModelConfig,
+    *,
+    plan: Plan | None = None,
+    adapter: tuple[Plan, Params] | None = None,
+    merge: bool = False,
+    seed: int = 0,
+    sharding: Callable[[str], Sharding] | None = None,
+) -> Policy:
+    """The weights in `source`, trained as a whole, or as `plan` says: with a new adapter, or going on with `adapter`.
+
+    To `merge` the adapter makes it part of the weights first. What is frozen is held in `settings.dtype` or quantised,
+    what is trained in `settings.param_dtype`.
+
+    Raises what `hf.folder.load_params` raises.
+    """
+    key = jax.random.key(seed)
+    if plan is None:
+        params = load(source, model, settings.param_dtype, key, sharding)
+        return Policy(merged(params, *adapter) if adapter else params, {}, model.specs)
+    held = load(source, model, settings.dtype, key, sharding, quantiser(settings, model.specs))
+    if adapter and merge:
+        held = merged(held, *adapter)
+    trained = jnp.dtype(settings.param_dtype)
+    frozen, trainable = plan.initial(held, model.specs, jax.random.fold_in(key, 1), trained)
+    start = None
+    if adapter and not merge:
+        trainable |= {path: array.astype(trained) for path, array in adapter[1].items()}
+    elif plan.changes_base:
+        start = jax.tree.map(jnp.copy, trainable)
+    # A weight that is trained in every layer has nothing left to freeze.
+    frozen = {path: w for path, w in frozen.items() if not (path in plan.whole and plan.whole[path].all())}
+    return Policy(trainable, frozen, plan.specs(model.specs), plan, start)
+
+
+def merged(base: Params, plan: Plan, adapter: Params) -> Params:
+    """The weights with the adapter merged into them, in their own dtype."""
+    joined = plan.join(base, adapter, None)
+    return {path: dense(w, base[path].dtype) for path, w in joined.items()}
+
+
+def reference(policy: Policy, *, continued: bool, compute: str) -> Params:
+    """The weights as they are before the first step, for comparison while training goes on.
+
+    A new adapter changes nothing yet, so the frozen weights are the reference; one that is `continued`, or that PiSSA
+    took out of the base, is copied. Weights trained as a whole are copied too, matrices in the dtype `compute` that
+    they are cast to where they are used.
+    """
+    if policy.plan is None:
+        return {
+            path: jnp.array(w, compute if decays(policy.specs[path]) else w.dtype, copy=True)
+            for path, w in policy.trainable.items()
+        }
+    now = jax.tree.map(jnp.copy, policy.trainable)
+    if continued or not policy.plan.starts_at_nothing:
+        return policy.plan.join(policy.frozen, now, None)
+    return replace(policy.plan, ranks={}, scales={}).join(policy.frozen, now, None)
+
+
+class Size(NamedTuple):
+    """Weights and the bytes that hold them."""
+
+    weights: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.weights:,} weights in {self.bytes / 1e6:,.1f} MB"
+
+
+def size(params: Params) -> Size:
+    """Of all weights together; a quantised one counts the weights it stands for."""
+    weights = sum(math.prod(w.shape) for w in params.values())
+    return Size(weights, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+
+
+def is_quantised(w: Any) -> bool:
+    """Whether a weight is held in 4 or 8 bits."""
+    return isinstance(w, FourBit | EightBit)
+
+
+def quantiser(settings: ModelConfig, specs: Specs) -> Quantise | None:
+    """How weights are quantised on their way in: the linear maps inside layers are, as bitsandbytes' integration in
+    transformers does, and the heads, embeddings and norms are not."""
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return None
+    chosen = {path: len(spec.inputs) for path, spec in specs.items() if spec.inputs and spec.stacked}
+
+    def quantise(path: str, tensor: np.ndarray) -> Any:
+        if path not in chosen:
+            return None
+        if settings.load_in_8bit:
+            return quantise_8bit(tensor, chosen[path])
+        bnb = settings.bnb_config
+        kind: Kind = "nf4" if bnb.quant_type == "nf4" else "fp4"
+        return quantise_4bit(tensor, kind, bnb.use_double_quant, tensor.shape)
+
+    return quantise
+
+
+def load(
+    source: Path,
+    model: Model,
+    dtype: str,
+    key: jax.Array,
+    sharding: Callable[[str], Sharding] | None = None,
+    quantise: Quantise | None = None,
+) -> Params:
+    """The model's weights from a folder. A language model that becomes a scoring one is given a new head of scores,
+    N(0, 0.02) as transformers draws it, and loses its own."""
+    weights, specs, ignore = open_weights(source), model.specs, list(HARMLESS)
+    drawn: Params = {}
+    if model.config.labels and "score.weight" not in weights.names():
+        drawn = initial({"score": specs["score"]}, key, jnp.dtype(dtype))
+        specs = {path: spec for path, spec in specs.items() if path != "score"}
+        ignore.append(LANGUAGE_HEAD)
+        log.info("%s has no score.weight: it starts from random numbers", source)
+    params = load_params(weights, specs, dtype=dtype, sharding=sharding, ignore=ignore, quantise=quantise)
+    if drawn and sharding is not None:
+        drawn = {path: jax.device_put(array, sharding(path)) for path, array in drawn.items()}
+    return {**params, **drawn}
