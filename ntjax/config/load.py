@@ -223,6 +223,10 @@ def _resolve_stage(
             f" = {stage.max_length}, but {dataset.max_length} at {at}",
             "keep one of the two",
         )
+    asked = config.model.bnb_config.compute_dtype
+    if config.model.load_in_4bit and asked not in (None, config.compute_dtype(stage)):
+        message = f" = {shown(asked)}, but {stage.stage_name} computes in {config.compute_dtype(stage)}"
+        reader.blame("model.bnb_config.compute_dtype", message, "leave it out, or set dtype or bf16 to match")
     for where, message in _streaming(stage, name, dataset) if dataset.streaming else ():
         reader.blame(where.format(path), message)
     if dataset.train_on_prompt and stage.stage_type == "sft" and stage.completion_only_loss:
@@ -271,5 +275,5 @@ def _warnings(config: Config) -> Iterator[str]:
         yield f"{place}: trust_remote_code = true has no effect: nothing remote is ever run"
     if model.lora_config != LoraConfig() and not model.use_lora:
         yield f"{config.where('model.lora_config')}: lora_config has no effect without use_lora = true"
-    if model.bnb_config != BnbConfig() and not (model.load_in_4bit or model.load_in_8bit):
+    if model.bnb_config != BnbConfig() and not model.load_in_4bit:
         yield f"{config.where('model.bnb_config')}: bnb_config has no effect without load_in_4bit = true"

@@ -49,7 +49,9 @@ def chain(place: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(ntjax: Callable[..., Result], chain: Callable[..., Path], latest: Callable[[str], Path]) -> Path:
+def undisturbed(
+    ntjax: Callable[..., Result], chain: Callable[..., Path], latest: Callable[[str], Path]
+) -> Path:
     """The folder of a run of the chain with LoRA on 4-bit weights."""
     ended = ntjax("train", "--config", chain("chain", model={**LORA, "load_in_4bit": True}))
     assert ended.code == 0, ended.err

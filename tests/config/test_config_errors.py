@@ -210,11 +210,46 @@ def rows(**settings: object) -> dict[str, object]:
     return {"datasets": {"sft": settings}}
 
 
+def streamed(**settings: object) -> dict[str, object]:
+    data = {"datasets": {"text": {"dataset_path": "a", "streaming": True}}}
+    return data | stage("pretrain", **settings)
+
+
+QLORA = {"model_name_or_path": "m", "use_lora": True, "load_in_4bit": True}
 CONFLICTS = {
     "two precisions": (stage("sft", bf16=True, fp16=True), "stages.0.fp16: a stage computes"),
     "two quantisations": (
-        {"model": {"model_name_or_path": "m", "load_in_4bit": True, "load_in_8bit": True}},
+        {"model": {"model_name_or_path": "m", "use_lora": True, "load_in_4bit": True, "load_in_8bit": True}},
         "model.load_in_8bit: weights are held in 4 bits or in 8",
+    ),
+    "quantised and nothing to train": (
+        {"model": {"model_name_or_path": "m", "load_in_4bit": True}},
+        "model.load_in_4bit: quantised weights are frozen",
+    ),
+    "another compute dtype": (
+        {"model": QLORA | {"dtype": "bfloat16", "bnb_config": {"bnb_4bit_compute_dtype": "float32"}}},
+        'model.bnb_config.compute_dtype = "float32", but sft_stage computes in bfloat16',
+    ),
+    "PiSSA of quantised weights": (
+        {"model": QLORA | {"lora_config": {"init_lora_weights": "pissa"}}},
+        "model.lora_config: PiSSA takes the adapter out",
+    ),
+    "a start that is none": (
+        {"model": {"model_name_or_path": "m", "lora_config": {"init_lora_weights": "random"}}},
+        "init_lora_weights: allowed are",
+    ),
+    "a streamed sft": (
+        rows(dataset_path="a", streaming=True),
+        "datasets.sft.streaming = true: sft stages plan",
+    ),
+    "a stream without an end": (streamed(), "stages.0.max_steps: a streamed data set has no known end"),
+    "a stream in epochs": (
+        streamed(max_steps=3, save_strategy="epoch"),
+        'save_strategy = "epoch": a streamed',
+    ),
+    "a stream by fit": (
+        streamed(max_steps=3, packing_strategy="bfd"),
+        "packing_strategy: streamed text is packed",
     ),
     "two sources": (rows(dataset_path="a", dataset_name="b"), "datasets.sft.dataset_path: a data set"),
     "no source": (rows(shuffle=True), "a data set needs either dataset_path (files) or dataset_name"),

@@ -256,8 +256,6 @@ def test_what_is_not_built_is_accepted_and_then_refused(load_stage: Load, line: 
     {"mesh": {"fsdp": 2}}, {"zero_stage": 1}, {"deepspeed": "x.json"},
     {"model": {"model_name_or_path": "m", "model_type": "vlm"}},
     {"model": {"model_name_or_path": "m", "dtype": "fp16"}},
-    {"datasets": {"a": {"dataset_path": "x", "streaming": True}}}, {"stages": [{"stage_type": "pretrain"}]},
-    {"stages": [{"stage_type": "reward"}]}, {"stages": [{"stage_type": "dpo"}]},
     {"stages": [{"stage_type": "ppo", "reward_function": "a:b"}]},
     {"stages": [{"stage_type": "grpo", "reward_function": "a:b"}]},
 ])  # fmt: skip
@@ -268,24 +266,8 @@ def test_no_feature_to_come_is_let_through(load_tables: Load, tables: dict[str, 
 
 
 @pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])
-def test_the_familiar_example_loads_and_names_what_is_missing(suffix: str) -> None:
-    path = EXAMPLES / f"llm_training_example.{suffix}"
-    config = load_config(path)
+def test_the_familiar_example_is_the_same_in_every_language(suffix: str) -> None:
+    config = load_config(EXAMPLES / f"llm_training_example.{suffix}")
     assert config == load_config(EXAMPLES / "llm_training_example.toml")
     assert [stage.stage_type for stage in config.stages] == ["sft", "dpo"]
-    with pytest.raises(ConfigError) as caught:
-        refuse_unbuilt(config)
-    assert caught.value.exit_code == 78
-    assert str(caught.value).count("\n") == 0
-    for feature in ("LoRA adapters (model.use_lora)", "4-bit weights", "dpo stages (stages.1.stage_type)"):
-        assert feature in str(caught.value)
-    place, _, line = str(caught.value.where).rpartition(":")
-    assert place == str(path)
-    assert "use_lora" in path.read_text().splitlines()[int(line) - 1]
-
-
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.[tyj]*")), ids=lambda path: path.name)
-def test_every_example_loads_and_begins_with_its_command(path: Path) -> None:
-    load_config(path)
-    if path.suffix != ".json":  # JSON has no comments
-        assert path.read_text().startswith("# python -m ntjax.")
+    assert config.attention == "blocked"
