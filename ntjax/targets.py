@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from ntjax.config.settings import shown
 from ntjax.errors import ConfigError
 from ntjax.params import Spec, Specs
 
@@ -144,7 +145,9 @@ def _check_targets(rules: Rules, tied: bool, where: Where) -> None:
         )
     if not any(map(rules.adapts, rules.linear)):
         raise ConfigError(
-            "the adapter has no target in this model", where=where("target_modules"), fix=linear
+            f"the adapter has no target in this model: target_modules = {shown(rules.config.target_modules)}",
+            where=where("target_modules"),
+            fix=linear,
         )
 
 

@@ -197,7 +197,7 @@ class Loop:
         self.progress.update(step, self.last_record)
 
     def evaluate(self) -> None:
-        """Loss and perplexity on the held-out rows, and the stage's other metrics."""
+        """The stage's metrics on the held-out rows."""
         self.collect()
         assert self.setup.evaluation is not None
         started = time.perf_counter()
@@ -208,7 +208,8 @@ class Loop:
                 total = add(total, jax.device_get(metrics))
         means = finish(total)
         record = {f"eval_{name}": value for name, value in means.items()}
-        record["eval_perplexity"] = float(np.exp(means["loss"]))
+        if self.stage.likelihood:
+            record["eval_perplexity"] = float(np.exp(means["loss"]))
         record["eval_runtime"] = time.perf_counter() - started
         wanted = f"eval_{(self.stage.metric_for_best_model or 'loss').removeprefix('eval_')}"
         if wanted not in record:

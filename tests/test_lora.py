@@ -141,7 +141,7 @@ def test_the_error_says_where_and_what_there_is(specs: Specs) -> None:
     with pytest.raises(ConfigError) as error:
         lora.plan(config(target_modules=("query",)), specs, where=lambda setting: f"run.toml:{len(setting)}")
     assert str(error.value).splitlines() == [
-        "run.toml:14: the adapter has no target in this model",
+        'run.toml:14: the adapter has no target in this model: target_modules = ["query"]',
         "  fix: the linear layers are k_proj, o_proj, q_proj, v_proj, down_proj, gate_proj, up_proj, lm_head",
     ]
 

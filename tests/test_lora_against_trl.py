@@ -34,7 +34,7 @@ from tests.trl_reference import (
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5}
-SETTINGS |= {"gradient_checkpointing": False, "max_length": 64, "num_train_epochs": 4}
+SETTINGS |= {"max_length": 64, "num_train_epochs": 4}
 # Promised is 1e-3; equal runs differ by a few 1e-6, and one with alpha or rank off by one by far more than 1e-3.
 CLOSE = 1e-5
 CASES: dict[str, tuple[Any, Row]] = {
@@ -83,14 +83,14 @@ def base(folder: Path, settings: Row) -> PreTrainedModel:
 def peft_adapter(folder: Path, out: Path, targets: Any) -> Path:
     """A PEFT folder with a new adapter of rank 8 on the model in a folder: A random, B zero."""
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=8, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM")
     peft.get_peft_model(causal(folder), config).save_pretrained(out)
     return out
 
 
 def lora(targets: Any, settings: Row) -> Row:
     """Our [model] settings for it."""
-    return {"use_lora": True, "lora_config": {"r": 8, "lora_alpha": 16, "target_modules": targets}} | settings
+    return {"use_lora": True, "lora_config": {"r": 8, "lora_alpha": 64, "target_modules": targets}} | settings
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -152,7 +152,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(runs: Runs) -> None
     assert all(path.endswith((".lora_A", ".lora_B")) for path in adapter)
     others = [path for path in leaves if not any(path.endswith(name) for name in adapter)]
     assert len(leaves) - len(others) == 3 * len(adapter)
-    assert all(leaves[path][0] == [] for path in others), others
+    assert all(leaves[path][1] == [] for path in others), others
 
 
 @pytest.mark.slow
@@ -172,3 +172,5 @@ def test_smollm2_is_trained_as_by_trl(tmp_path: Path) -> None:
     assert max(found.values()) <= 1e-3, found
     assert len(runs.ours) == 6
     assert runs.ours[-1]["loss"] < runs.ours[0]["loss"] - 0.5
+def test_zz(runs):
+    print("MAXIMA", {n: (runs.worst(n), runs.worst(n, relative=True)) for n in ("loss","grad_norm","entropy","mean_token_accuracy")} , runs.ours[0]["loss"], runs.ours[-1]["loss"], max(r["grad_norm"] for r in runs.ours), min(r["grad_norm"] for r in runs.ours))

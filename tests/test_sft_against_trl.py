@@ -35,9 +35,6 @@ from tests.trl_reference import (
     write_config,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing` is deprecated:FutureWarning",  # TRL's own default sets it
-)
 SETTINGS: dict[str, Any] = {"learning_rate": 2e-3, "weight_decay": 0.1, "max_grad_norm": 1.25}
 # Promised are 1e-3 for losses and 1e-2 for gradient norms, but over twenty steps of a tiny model one without
 # weight decay is 5e-5 off, one without clipping 8e-5, one with beta2 = 0.99 4e-4. Equal runs differ by 2e-6.

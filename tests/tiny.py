@@ -105,7 +105,7 @@ def tiny_tokenizer(template: Template | None = "chatml") -> PreTrainedTokenizerF
     return tokenizer
 
 
-def tiny_model(folder: Path, template: Template | None = "chatml") -> Path:
+def tiny_model(folder: Path, template: Template | None = "chatml", seed: int = 0) -> Path:
     """Writes a Llama of some 40,000 random weights, with the tiny tokenizer, as a Hugging Face folder."""
     import jax
 
@@ -130,7 +130,7 @@ def tiny_model(folder: Path, template: Template | None = "chatml") -> Path:
         "eos_token_id": tokenizer.eos_token_id,
     }
     model = build(hf)
-    params = initial(model.specs, jax.random.key(0))
+    params = initial(model.specs, jax.random.key(seed))
     folder.mkdir(parents=True, exist_ok=True)
     save_params(folder, params, model.specs, dtype="float32", config=model.hf)
     save_tokenizer(tokenizer, folder)

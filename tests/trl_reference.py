@@ -133,6 +133,7 @@ def _arguments(
 ) -> Any:
     options: dict[str, Any] = {"optim": "adamw_torch", "bf16": False, "use_cpu": True, "disable_tqdm": True}
     options |= {"report_to": "none", "train_sampling_strategy": "sequential", "dataloader_pin_memory": False}
+    options |= {"activation_checkpointing": False}
     extra = {name: s.pop(name) for name in ("ref_model", "peft_config") if name in s}
     return kind(
         model,

@@ -129,7 +129,10 @@ class ModelConfig(Table):
                 yield name, "quantised weights are frozen, and nothing would be trained; set use_lora = true"
         pissa = str(self.lora_config.init_lora_weights).startswith("pissa")
         if self.use_lora and pissa and (self.load_in_4bit or self.load_in_8bit):
-            yield "lora_config", "PiSSA takes the adapter out of the weights, which can't be quantised before that"
+            yield (
+                "lora_config",
+                "PiSSA takes the adapter out of the weights, which can't be quantised before that",
+            )
         if self.use_flash_attention and self.attention == "xla":
             yield "use_flash_attention", 'attention = "xla" holds whole scores; leave one of the two out'
 

@@ -186,6 +186,7 @@ class StageConfig(Table):
     greater_is_better: bool | None = setting(None)
 
     scores: ClassVar[bool] = False  # whether the model gives a score instead of the next token
+    likelihood: ClassVar[bool] = False  # whether the loss is a token's, and its exponential a perplexity
     streams: ClassVar[bool] = False  # whether data may be read while it is trained on
     learns_to_stop: ClassVar[bool] = False  # whether rows should end with a stop token that is learned
     merged = "stage_kwargs"

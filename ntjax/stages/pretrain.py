@@ -45,6 +45,7 @@ class Options(StageConfig):
     eos_token: str | None = setting(None, later="a choice of the end-of-text token")
     pad_token: str | None = setting(None, later="a choice of the padding token")
 
+    likelihood = True
     streams = True
 
     @property
