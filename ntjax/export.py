@@ -109,8 +109,8 @@ class _Saved:
 
         self.require_source("its weights")
         folder = Path(self.meta["adapter"]) if self.meta["adapter"] else None
-        plan, adapter = adapters(self.settings, self.model.specs, folder, merge=self.meta["merge"])
-        how = {"plan": plan, "adapter": adapter, "merge": self.meta["merge"], "seed": self.meta["seed"]}
+        plan, adapter = adapters(self.settings, self.model.specs, folder)
+        how = {"plan": plan, "adapter": adapter, "seed": self.meta["seed"]}
         return load_policy(self.source, self.model, self.settings, **how)
 
     def params(self) -> Params:

@@ -75,7 +75,7 @@ def _run_stages(
         goes_on = where is not None and (named is None or index <= named)
         step = where.step if where and index == named else None
         log.info("%s starts from %s", stage.stage_name, start)
-        job = Job(config, stage, start.source, folder, start.base, start.adapter, start.merge)
+        job = Job(config, stage, start.source, folder, start.base, start.adapter)
         setup = prepare(replace(job, resume=goes_on, resume_step=step, allow_changed=allow_changed))
         # A resumed run may have other settings of those that are free to change, or allowed to.
         (run_folder / "config.toml").write_text(to_toml(config))
@@ -128,17 +128,16 @@ def _source(config: Config, index: int, run_folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """Weights, what people and PEFT call them, and the PEFT folder of an adapter that is trained on or merged."""
+    """Weights, what people and PEFT call them, and the PEFT folder of an adapter on them."""
 
     source: Path
     base: str
     adapter: Path | None = None
-    merge: bool = False
 
     def __str__(self) -> str:
         if self.adapter is None:
             return str(self.source)
-        return f"{self.base} with the adapter in {self.adapter}{', merged' if self.merge else ''}"
+        return f"{self.base} with the adapter in {self.adapter}"
 
 
 def _start(config: Config, stage: StageConfig, name: str) -> Start:
@@ -174,7 +173,7 @@ def _start(config: Config, stage: StageConfig, name: str) -> Start:
         raise InputMissing(
             "it doesn't say which model it is for", where=where, fix="write base_model_name_or_path"
         )
-    return Start(*found(named), adapter, afresh)
+    return Start(*found(named), adapter)
 
 
 def _log_to(path: Path) -> None:

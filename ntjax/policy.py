@@ -56,7 +56,6 @@ def adapters(
     specs: Specs,
     folder: Path | None,
     *,
-    merge: bool,
     where: Where = lambda setting: None,
 ) -> tuple[Plan | None, tuple[Plan, Params] | None]:
     """What is trained of adapters (None: all weights are), and the adapter in the PEFT `folder`.
@@ -76,7 +75,7 @@ def adapters(
             where=where("target_modules"),
             fix='leave it out, or train it whole: modules_to_save = ["lm_head"]',
         )
-    if adapter is not None and not merge and not plan.has(adapter[0]):
+    if adapter is not None and not plan.has(adapter[0]):
         raise ConfigError(
             f"the adapter in {folder} has other ranks, scales or modules than [model.lora_config]",
             where=where("r"),
@@ -92,40 +91,34 @@ def load_policy(
     *,
     plan: Plan | None = None,
     adapter: tuple[Plan, Params] | None = None,
-    merge: bool = False,
     seed: int = 0,
     sharding: Callable[[str], Sharding] | None = None,
 ) -> Policy:
-    """The weights in `source`, trained as a whole, or as `plan` says: with a new adapter, or going on with `adapter`.
+    """The weights in `source`, of which `plan` says what is trained: a new adapter, or `adapter` on.
 
-    To `merge` the adapter makes it part of the weights first. What is frozen is held in `settings.dtype` or quantised,
-    what is trained in `settings.param_dtype`.
+    Without a plan all weights are trained, with the adapter merged into them. What is frozen is held in
+    `settings.dtype` or quantised, what is trained in `settings.param_dtype`.
 
     Raises what `hf.folder.load_params` raises.
     """
     key = jax.random.key(seed)
     if plan is None:
         params = load(source, model, settings.param_dtype, key, sharding)
-        return Policy(merged(params, *adapter) if adapter else params, {}, model.specs)
+        if adapter:
+            joined = adapter[0].join(params, adapter[1])
+            params = {path: dense(w, params[path].dtype) for path, w in joined.items()}
+        return Policy(params, {}, model.specs)
     held = load(source, model, settings.dtype, key, sharding, quantiser(settings, model.specs))
-    if adapter and merge:
-        held = merged(held, *adapter)
     trained = jnp.dtype(settings.param_dtype)
     frozen, trainable = plan.initial(held, model.specs, jax.random.fold_in(key, 1), trained)
     start = None
-    if adapter and not merge:
+    if adapter:
         trainable |= {path: array.astype(trained) for path, array in adapter[1].items()}
     elif plan.changes_base:
         start = jax.tree.map(jnp.copy, trainable)
     # A weight that is trained in every layer has nothing left to freeze.
     frozen = {path: w for path, w in frozen.items() if not (path in plan.whole and plan.whole[path].all())}
     return Policy(trainable, frozen, plan.specs(model.specs), plan, start)
-
-
-def merged(base: Params, plan: Plan, adapter: Params) -> Params:
-    """The weights with the adapter merged into them, in their own dtype."""
-    joined = plan.join(base, adapter, None)
-    return {path: dense(w, base[path].dtype) for path, w in joined.items()}
 
 
 def reference(policy: Policy, *, continued: bool, compute: str) -> Params:

@@ -47,7 +47,7 @@ class Job:
     """A stage to run: what it starts from, where it writes, and whether it goes on from a checkpoint there.
 
     `base` is the name of `source` for people and for PEFT. `adapter` is a PEFT folder whose adapter is trained on, or
-    merged into the weights of `source` first if `merge`.
+    merged where all weights are trained.
     """
 
     config: Config
@@ -56,7 +56,6 @@ class Job:
     folder: Path
     base: str = ""
     adapter: Path | None = None
-    merge: bool = False
     resume: bool = False
     resume_step: int | None = None  # None: the newest
     allow_changed: bool = False
@@ -98,7 +97,9 @@ def prepare(job: Job) -> Setup:
     settings = _settings(job, digest)
     if job.resume:
         _check_settings(job, settings)
-    return Setup(job, tokenizer, model, plan, adapter, _reference(job), mesh, train, evaluation, settings)
+    return Setup(
+        job, tokenizer, model, plan, adapter, _reference(job, model), mesh, train, evaluation, settings
+    )
 
 
 def _model(hf: dict[str, Any], job: Job) -> Model:
@@ -132,7 +133,6 @@ def _adapters(job: Job, model: Model) -> tuple[lora.Plan | None, tuple[lora.Plan
         config.model,
         model.specs,
         job.adapter,
-        merge=job.merge,
         where=lambda setting: config.where(f"model.lora_config.{setting}"),
     )
     if plan is not None and getattr(job.stage, "disable_dropout", False):
@@ -140,10 +140,11 @@ def _adapters(job: Job, model: Model) -> tuple[lora.Plan | None, tuple[lora.Plan
     return plan, adapter
 
 
-def _reference(job: Job) -> tuple[Model, Path] | None:
+def _reference(job: Job, own: Model) -> tuple[Model, Path] | None:
     """The model that `reference_model_path` names."""
     config, stage = job.config, job.stage
-    if getattr(stage, "sync_ref_model", False) and config.model.use_lora:
+    sync = getattr(stage, "sync_ref_model", False)
+    if sync and config.model.use_lora:
         raise ConfigError(
             "with adapters the reference is the frozen model, which can't follow the policy",
             where=config.where(f"stages.{config.stages.index(stage)}.sync_ref_model"),
@@ -154,7 +155,14 @@ def _reference(job: Job) -> tuple[Model, Path] | None:
         return None
     folder = locate(named, cache_dir=config.model.cache_dir, folders=[config.path.parent])
     hf = read_config(folder)
-    return build(hf, dtype=config.compute_dtype(stage), attention=config.attention), folder
+    model = build(hf, dtype=config.compute_dtype(stage), attention=config.attention)
+    if sync and model.specs != own.specs:
+        raise ConfigError(
+            f"{named} is another model than the policy, and can't follow it",
+            where=config.where(f"stages.{config.stages.index(stage)}.sync_ref_model"),
+            fix="leave out sync_ref_model or reference_model_path",
+        )
+    return model, folder
 
 
 def _feeds(job: Job, tokenizer: Any, vocab: int, devices: int) -> tuple[Feed, Planned | None, str]:

@@ -44,8 +44,7 @@ def reference_params(setup: Setup, policy: Policy) -> Params:
     if setup.reference:
         model, folder = setup.reference
         return load_params(folder, model.specs, dtype=compute, sharding=lambda path: place)
-    continued = setup.adapter is not None and not setup.job.merge
-    return jax.device_put(reference(policy, continued=continued, compute=compute), place)
+    return jax.device_put(reference(policy, continued=setup.adapter is not None, compute=compute), place)
 
 
 def with_reference(setup: Setup, policy: Policy) -> tuple[Setup, Params | None]:

@@ -17,17 +17,15 @@ import numpy as np
 from ntjax.checkpoint import Checkpoints
 from ntjax.errors import ConfigError, Diverged, Preempted
 from ntjax.feed import Fed, Feed
-from ntjax.hf.folder import save_params
-from ntjax.hf.peft import save_adapter
-from ntjax.hf.tokenizer import pad_id, save_generation_config, save_tokenizer
 from ntjax.mesh import place_batch, replicated
 from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics
 from ntjax.optim import direction, schedule
 from ntjax.params import Params
-from ntjax.policy import Policy, is_quantised, load_policy, size
+from ntjax.policy import Policy, load_policy, size
 from ntjax.prepare import Job, Setup
 from ntjax.progress import Progress
 from ntjax.reference import reference_scores, with_reference
+from ntjax.result import export, origin
 from ntjax.runs import mark_done
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
@@ -43,13 +41,11 @@ def train(setup: Setup, stop: StopRequest) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     policy = start(setup)
     setup, reference = with_reference(setup, policy)
-    # All of it as the step gives it back: else the second step would be compiled anew.
-    state = initial_state(policy.trainable, direction(stage, policy.specs))
-    if getattr(stage, "sync_ref_model", False):
-        state, reference = replace(state, reference=reference), None
-    state = jax.device_put(state, replicated(setup.mesh))
     checkpoints = Checkpoints(job.folder, keep=stage.save_total_limit, best=best_mode(stage))
-    loop = Loop(setup, policy, state, reference, checkpoints)
+    loop = Loop(setup, policy, reference, checkpoints)
+    policy = replace(
+        policy, trainable={}
+    )  # the loop's now, which lets them go when a checkpoint replaces them
     try:
         if job.resume and checkpoints.latest() is not None:
             loop.restore()
@@ -84,7 +80,6 @@ class Loop:
         self,
         setup: Setup,
         policy: Policy,
-        state: TrainState,
         reference: Params | None,
         checkpoints: Checkpoints,
     ):
@@ -94,7 +89,12 @@ class Loop:
         optimizer = direction(self.stage, policy.specs)
         rate, clip = schedule(self.stage, self.feed.steps), self.stage.max_grad_norm
         step = train_step(loss, optimizer, rate, clip, policy.join, self.stage.seed)
-        self.setup, self.state, self.checkpoints = setup, state, checkpoints
+        state = initial_state(policy.trainable, optimizer)
+        if getattr(self.stage, "sync_ref_model", False):
+            state, reference = replace(state, reference=reference), None
+        # All of it as the step gives it back: else the second step would be compiled anew.
+        self.state = jax.device_put(state, replicated(setup.mesh))
+        self.setup, self.checkpoints = setup, checkpoints
         self.frozen, self.reference = policy.frozen, reference
         self.step = jax.jit(step, donate_argnums=0)
         self.evaluate_batch = jax.jit(eval_step(loss, policy.join))
@@ -297,7 +297,6 @@ def start(setup: Setup) -> Policy:
         job.config.model,
         plan=setup.adapters,
         adapter=setup.adapter,
-        merge=job.merge,
         seed=stage.seed,
         sharding=lambda path: place,
     )
@@ -308,43 +307,3 @@ def start(setup: Setup) -> Policy:
         f"{trained}, frozen are {frozen}" if policy.frozen else trained,
     )
     return replace(policy, frozen=jax.device_put(policy.frozen, place))
-
-
-def export(setup: Setup, policy: Policy, trainable: Params) -> None:
-    """The stage's folder becomes a Hugging Face model, in `model.dtype`; an adapter is merged, and beside it."""
-    job, stage = setup.job, setup.job.stage
-    dtype = job.config.model.dtype
-    config = setup.model.exported(pad_id(setup.tokenizer))
-    params = policy.join(policy.frozen, trainable, None)
-    save_params(job.folder, params, setup.model.specs, dtype=dtype, config=config)
-    save_tokenizer(setup.tokenizer, job.folder)
-    if not stage.scores:
-        save_generation_config(job.folder, job.source, setup.tokenizer)
-    if policy.plan is not None:
-        if any(is_quantised(w) for w in policy.frozen.values()):
-            log.info("%s: the adapter is merged into the dequantised weights", stage.stage_name)
-        save_adapter(
-            job.folder / "adapter",
-            policy.plan,
-            trainable,
-            setup.model.specs,
-            job.config.model.lora_config,
-            job.base,
-            task_type="SEQ_CLS" if stage.scores else "CAUSAL_LM",
-            start=policy.start,
-        )
-
-
-def origin(setup: Setup) -> dict[str, Any]:
-    """What a checkpoint says of the weights that aren't in it, for `export`."""
-    job = setup.job
-    return {
-        "source": str(job.source),
-        "base": job.base,
-        "adapter": str(job.adapter) if job.adapter else None,
-        "merge": job.merge,
-        "model": asdict(job.config.model),
-        "seed": job.stage.seed,
-        "scores": job.stage.scores,
-        "hf": setup.model.hf,
-    }

@@ -18,7 +18,8 @@ from ntjax.hf.files import read_config
 from ntjax.hf.folder import load_params
 from ntjax.models import build
 from ntjax.prepare import Job, prepare
-from ntjax.trainer import export, start
+from ntjax.result import export
+from ntjax.trainer import start
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.torch_reference import logits, tokens
 from tests.trl_reference import (

@@ -161,13 +161,25 @@ def encode_dpo(
     return Pair(_cut(chosen, shared, kept), _cut(rejected, shared, kept))
 
 
-def encode_reward(row: Canonical, tokenizer: Tokenizer, *, max_length: int, where: str = "row") -> Pair:
-    """Both conversations whole: a cut one has no end to be judged at, so a pair too long has nothing to learn."""
+def encode_reward(
+    row: Canonical, tokenizer: Tokenizer, *, max_length: int, pad_id: int, where: str = "row"
+) -> Pair:
+    """Both conversations whole, in each the mark on the token that is scored: the last that isn't the padding token.
+
+    transformers' sequence classifiers score that one, also where documents end with the padding token. A cut
+    conversation has no end to be judged at: a pair with an answer too long has no marks.
+    """
     row = {"prompt": row["chosen"][:0], **row}
-    chosen, rejected = (answered(row, row[side], tokenizer, where) for side in ("chosen", "rejected"))
-    kept = slice(max_length)
-    judged = 0 if max(len(chosen), len(rejected)) <= max_length else max_length
-    return Pair(_cut(chosen, judged, kept), _cut(rejected, judged, kept), row.get("margin"))
+    documents = [answered(row, row[side], tokenizer, where) for side in ("chosen", "rejected")]
+    fits = max(map(len, documents)) <= max_length
+    chosen, rejected = (_scored(tokens, fits, max_length, pad_id) for tokens in documents)
+    return Pair(chosen, rejected, row.get("margin"))
+
+
+def _scored(tokens: list[int], fits: bool, max_length: int, pad: int) -> Example:
+    kept = np.asarray(tokens[:max_length], np.int32)
+    last = max((place for place, token in enumerate(tokens) if token != pad), default=0)
+    return Example(kept, (np.arange(len(kept)) == last) & fits, len(kept) < len(tokens))
 
 
 def _cut(tokens: list[int], prompt: int, kept: slice) -> Example:

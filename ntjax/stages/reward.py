@@ -43,12 +43,16 @@ class Options(StageConfig):
         formatting_func: Callable[..., Any] | None,
         vocab: int,
     ) -> EncodedPairs:
-        """Whole conversations in pairs, with their margins; pairs longer than `max_length` are dropped."""
+        """Whole conversations in pairs, the token that is scored marked, with their margins.
+
+        Pairs longer than `max_length` are dropped.
+        """
         from functools import partial
 
         from ntjax.data.pairs import PairEncoder, encode_pairs, encode_reward
+        from ntjax.hf.tokenizer import pad_id
 
-        encode = partial(encode_reward, max_length=self.max_length)
+        encode = partial(encode_reward, max_length=self.max_length, pad_id=pad_id(tokenizer))
         return encode_pairs(
             rows,
             PairEncoder(encode, tokenizer, dataset, formatting_func),
@@ -73,7 +77,9 @@ class Options(StageConfig):
             )
             hidden, _ = model.hidden(params, tokens, Tokens(positions, segments))
             valid = batch["pairs"]
-            ends = last_positions(segments, valid.shape[1])
+            # Where a document's token 0 is the marked one, no mark is left of it, and 0 is what is found.
+            marked = jnp.where(batch["mask"].reshape(segments.shape), segments, 0)
+            ends = last_positions(marked, valid.shape[1])
             last = jnp.take_along_axis(hidden, ends[..., None], axis=1).astype(jnp.float32)
             scores = einsum("RSD,LD->RSL", last, model.head(params)).reshape(len(valid), 2, -1)
             margin = batch["margin"].reshape(-1) if "margin" in batch else None

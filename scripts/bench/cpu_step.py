@@ -1,6 +1,6 @@
-"""Times a full fine-tuning step of a model folder, ntjax beside transformers with torch, in one run.
+"""Times a fine-tuning step of a model folder, whole or with LoRA, ntjax beside transformers with torch, in one run.
 
-    python scripts/bench/cpu_step.py models/smollm2-135m-instruct [--batch 4] [--length 256] [--steps 5] [--rounds 2]
+    python scripts/bench/cpu_step.py models/smollm2-135m-instruct [--batch 4] [--length 256] [--steps 5] [--peers ...]
 
 Both in fp32 with AdamW, no padding, every token learned; each in a process of its own, in turn (torch's idle threads
 would slow down anything beside them); medians of the steps after each process's first. Needs the [test] extra, for
@@ -11,32 +11,40 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
-def ntjax_step(folder: Path, ids: np.ndarray) -> Callable[[], float]:
+def ntjax_step(folder: Path, ids: np.ndarray, **model_settings: Any) -> Callable[[], float]:
     """A function that takes one step and returns its loss."""
     import jax
 
+    from ntjax.config import ModelConfig
     from ntjax.hf.files import read_config
-    from ntjax.hf.folder import load_params
     from ntjax.models import build
     from ntjax.optim import direction, schedule
+    from ntjax.policy import adapters, load_policy
     from ntjax.stages.sft import Options
     from ntjax.step import initial_state, train_step
 
     stage = Options(stage_type="sft", learning_rate=1e-5)
+    settings = ModelConfig(model_name_or_path=str(folder), **model_settings)
     model = build(read_config(folder))
-    optimizer = direction(stage, model.specs)
-    state = initial_state(load_params(folder, model.specs, dtype="float32"), optimizer)
-    step = jax.jit(train_step(stage.loss(model), optimizer, schedule(stage, 1000), 1.0), donate_argnums=0)
+    plan, _ = adapters(settings, model.specs, None)
+    policy = load_policy(folder, model, settings, plan=plan)
+    optimizer = direction(stage, policy.specs)
+    state = initial_state(policy.trainable, optimizer)
+    take = train_step(stage.loss(model), optimizer, schedule(stage, 1000), 1.0, policy.join)
+    step = jax.jit(take, donate_argnums=0)
     mask = np.ones(ids.shape, bool)
     mask[:, 0] = False
     batch = {
@@ -48,25 +56,46 @@ def ntjax_step(folder: Path, ids: np.ndarray) -> Callable[[], float]:
 
     def run() -> float:
         nonlocal state
-        state, metrics = step(state, {}, batch)
+        state, metrics = step(state, policy.frozen, batch)
         return float(metrics["loss"].total / metrics["loss"].weight)
 
     return run
 
 
-def torch_step(folder: Path, ids: np.ndarray) -> Callable[[], float]:
-    """The same with transformers and torch."""
+def lora_step(folder: Path, ids: np.ndarray, **model_settings: Any) -> Callable[[], float]:
+    """The same with adapters of rank 16 on every linear map inside the layers."""
+    from ntjax.config import LoraConfig
+
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    return ntjax_step(folder, ids, use_lora=True, lora_config=lora, **model_settings)
+
+
+def qlora_step(folder: Path, ids: np.ndarray) -> Callable[[], float]:
+    """The same on 4-bit weights."""
+    from ntjax.config import BnbConfig
+
+    return lora_step(folder, ids, load_in_4bit=True, bnb_config=BnbConfig(use_double_quant=True))
+
+
+def torch_step(folder: Path, ids: np.ndarray, *, lora: bool = False) -> Callable[[], float]:
+    """The first with transformers and torch, or the second with PEFT."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7, weight_decay=0.0)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, settings)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-7, weight_decay=0.0)
     tokens = torch.tensor(ids, dtype=torch.long)
 
     def run() -> float:
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
@@ -74,16 +103,24 @@ def torch_step(folder: Path, ids: np.ndarray) -> Callable[[], float]:
     return run
 
 
-PEERS = {"ntjax": ntjax_step, "torch": torch_step}
+PEERS: dict[str, Callable[[Path, np.ndarray], Callable[[], float]]] = {
+    "ntjax": ntjax_step,
+    "torch": torch_step,
+    "ntjax, LoRA": lora_step,
+    "torch, LoRA (PEFT)": partial(torch_step, lora=True),
+    "ntjax, LoRA on NF4": qlora_step,
+}
 
 
 def measure(run: Callable[[], float], steps: int) -> list[dict[str, float]]:
-    """Seconds and CPU seconds of each step after the first."""
+    """Seconds, CPU seconds and the process's peak memory (GB) of each step after the first."""
     rows = []
     for _ in range(steps + 1):
         start, used = time.perf_counter(), time.process_time()
         loss = run()
-        rows.append({"wall": time.perf_counter() - start, "cpu": time.process_time() - used, "loss": loss})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        wall, cpu = time.perf_counter() - start, time.process_time() - used
+        rows.append({"wall": wall, "cpu": cpu, "peak": peak, "loss": loss})
     return rows[1:]
 
 
@@ -95,22 +132,24 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="these alone")
     parser.add_argument("--peer", choices=PEERS, help="measure this one alone, as JSON")
     args = parser.parse_args()
     if args.peer:
         ids = np.random.default_rng(0).integers(100, 10_000, (args.batch, args.length)).astype(np.int32)
         print(json.dumps(measure(PEERS[args.peer](args.folder, ids), args.steps)))
         return
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in PEERS}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in args.peers or PEERS}
     for _ in range(args.rounds):
-        for name in PEERS:
+        for name in rows:
             command = [sys.executable, *sys.argv, "--peer", name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows[name] += json.loads(done.stdout.splitlines()[-1])
-    print("| | s a step | tokens/s | CPU-s a step |\n| --- | --- | --- | --- |")
+    print("| | s a step | tokens/s | CPU-s a step | peak GB |\n| --- | --- | --- | --- | --- |")
     for name, measured in rows.items():
         wall, cpu = (statistics.median(row[key] for row in measured) for key in ("wall", "cpu"))
-        print(f"| {name} | {wall:.2f} | {args.batch * args.length / wall:.0f} | {cpu:.1f} |")
+        peak = max(row["peak"] for row in measured)
+        print(f"| {name} | {wall:.2f} | {args.batch * args.length / wall:.0f} | {cpu:.1f} | {peak:.1f} |")
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ from datasets import Dataset, disable_progress_bars
 from trl import DPOTrainer, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from ntjax.data import pairs as encoding
 from ntjax.data.batch import Example, Pair
 from ntjax.data.encoded import gather
 from ntjax.data.files import Table
 from ntjax.data.loader import Plan, batches
-from ntjax.data.pairs import EncodedPairs, PairEncoder, encode_dpo, encode_pairs, encode_reward
+from ntjax.data.pairs import EncodedPairs, PairEncoder, encode_dpo, encode_pairs
 from ntjax.data.preference import preference
 from ntjax.errors import BadData, InputMissing
 from tests.tiny import tiny_tokenizer
 
 FIELDS = SimpleNamespace(text_field=None, prompt_field=None, chosen_field=None, rejected_field=None)
+encode_reward = partial(encoding.encode_reward, pad_id=0)
 disable_progress_bars()
 
 
@@ -115,7 +117,8 @@ def test_reward(template, name):
     pair = ours(encode_reward, ROWS[name], tokenizer)
     assert [one.tokens.tolist() for one in pair.documents] == reward_by_trl(ROWS[name], tokenizer)
     for document in pair.documents:
-        assert document.mask.tolist() == [False, *[True] * (len(document.tokens) - 1)]
+        scored = np.flatnonzero(document.tokens != tokenizer.pad_token_id)[-1]
+        assert np.flatnonzero(document.mask).tolist() == [scored]
 
 
 def test_random_strings_agree():

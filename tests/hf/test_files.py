@@ -135,11 +135,11 @@ def test_auto_map_beside_a_known_architecture_is_never_run_and_not_needed(tmp_pa
     assert read_config(tmp_path) == config
 
 
-def test_quantised_weights_are_not_there_yet(tmp_path):
+def test_weights_quantised_by_others_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'
     )
-    with pytest.raises(ConfigError, match="gptq isn't there yet") as error:
+    with pytest.raises(ConfigError, match="quantised with gptq") as error:
         read_config(tmp_path)
     assert error.value.exit_code == 78
 

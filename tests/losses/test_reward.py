@@ -75,7 +75,7 @@ def test_extremes_of_microbatches_are_averaged_and_empty_ones_left_out() -> None
     assert (metrics["min_reward"], metrics["max_reward"]) == (-1.0, 2.5)
 
 
-def test_a_document_is_scored_at_its_last_token() -> None:
+def test_a_document_is_scored_at_its_marked_token() -> None:
     """Hidden states are (token, position); the head counts tokens 1 and positions 10."""
     model: Any = SimpleNamespace(
         hidden=lambda params, ids, tokens: (jnp.stack([ids, tokens.positions], -1).astype(jnp.float32), None),
@@ -85,6 +85,7 @@ def test_a_document_is_scored_at_its_last_token() -> None:
         "tokens": jnp.array([[[7, 2, 5, 3, 9], [4, 4, 4, 1, 9]]]),
         "positions": jnp.array([[[0, 1, 0, 1, 0], [0, 1, 2, 0, 0]]]),
         "segments": jnp.array([[[1, 1, 2, 2, 0], [1, 1, 1, 2, 0]]]),
+        "mask": jnp.array([[[0, 1, 0, 1, 0], [0, 0, 1, 1, 0]]], bool),
         "pairs": jnp.array([[True, True, False]]),
         "margin": jnp.array([[1.0, 2.0, 0.0]]),
     }

@@ -1,0 +1,55 @@
+"""What a stage leaves: a Hugging Face folder, its adapter beside it, and what a checkpoint says of frozen weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from ntjax.hf.folder import save_params
+from ntjax.hf.peft import save_adapter
+from ntjax.hf.tokenizer import pad_id, save_generation_config, save_tokenizer
+from ntjax.params import Params
+from ntjax.policy import Policy, is_quantised
+from ntjax.prepare import Setup
+
+log = logging.getLogger(__name__)
+
+
+def export(setup: Setup, policy: Policy, trainable: Params) -> None:
+    """The stage's folder becomes a Hugging Face model, in `model.dtype`; an adapter is merged, and beside it."""
+    job, stage = setup.job, setup.job.stage
+    dtype = job.config.model.dtype
+    config = setup.model.exported(pad_id(setup.tokenizer))
+    params = policy.join(policy.frozen, trainable, None)
+    save_params(job.folder, params, setup.model.specs, dtype=dtype, config=config)
+    save_tokenizer(setup.tokenizer, job.folder)
+    if not stage.scores:
+        save_generation_config(job.folder, job.source, setup.tokenizer)
+    if policy.plan is not None:
+        if any(is_quantised(w) for w in policy.frozen.values()):
+            log.info("%s: the adapter is merged into the dequantised weights", stage.stage_name)
+        save_adapter(
+            job.folder / "adapter",
+            policy.plan,
+            trainable,
+            setup.model.specs,
+            job.config.model.lora_config,
+            job.base,
+            task_type="SEQ_CLS" if stage.scores else "CAUSAL_LM",
+            start=policy.start,
+        )
+
+
+def origin(setup: Setup) -> dict[str, Any]:
+    """What a checkpoint says of the weights that aren't in it, for `export`."""
+    job = setup.job
+    return {
+        "source": str(job.source),
+        "base": job.base,
+        "adapter": str(job.adapter) if job.adapter else None,
+        "model": asdict(job.config.model),
+        "seed": job.stage.seed,
+        "scores": job.stage.scores,
+        "hf": setup.model.hf,
+    }
