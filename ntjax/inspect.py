@@ -44,13 +44,11 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"there is no stage {wanted!r}", where="--stage", fix=f"the config has {names}")
 
     from ntjax.hf.files import read_config
-    from ntjax.hf.hub import locate
     from ntjax.hf.tokenizer import load_tokenizer
+    from ntjax.pipeline import find_start
     from ntjax.prepare import encoded_rows
 
-    folder = locate(
-        config.model.model_name_or_path, cache_dir=config.model.cache_dir, folders=[config.path.parent]
-    )
+    folder = find_start(config, named[0], config.model.model_name_or_path).source
     tokenizer: Any = load_tokenizer(folder)
     name, dataset = dataset_for(config, named[0])
     if dataset.streaming:  # the first rows are all that is looked at

@@ -71,7 +71,7 @@ def _run_stages(
         if where and is_done(folder):
             log.info("%s is done already", stage.stage_name)
             continue
-        start = _start(config, stage, _source(config, index, run_folder))
+        start = find_start(config, stage, _source(config, index, run_folder))
         goes_on = where is not None and (named is None or index <= named)
         step = where.step if where and index == named else None
         log.info("%s starts from %s", stage.stage_name, start)
@@ -140,7 +140,7 @@ class Start:
         return f"{self.base} with the adapter in {self.adapter}"
 
 
-def _start(config: Config, stage: StageConfig, name: str) -> Start:
+def find_start(config: Config, stage: StageConfig, name: str) -> Start:
     """What the folder or repository `name` means to a stage.
 
     A stage's folder holds its model with the adapter merged, and the adapter beside it: with LoRA the next stage
@@ -183,6 +183,7 @@ def _log_to(path: Path) -> None:
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
+        handler.close()
     for handler, level in (
         (logging.StreamHandler(sys.stdout), logging.INFO),
         (logging.FileHandler(path), logging.DEBUG),

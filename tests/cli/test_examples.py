@@ -1,0 +1,40 @@
+"""The familiar config on a real model, unchanged but for the model's path and its number of steps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests.cli.process import metrics
+from tests.trl_reference import smollm2_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_familiar_example_runs_on_a_real_model(tmp_path: Path) -> None:
+    config = ROOT / "configs" / "llm_training_example.toml"
+    changed = [f"model.model_name_or_path={smollm2_folder(tmp_path / "smollm2")}"]
+    changed += ["stages.sft.max_steps=1", "stages.dpo.max_steps=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ntjax.train", "--config", config, "--output-dir", tmp_path, *changed],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "llama2_sft_dpo" / "latest"
+    (first,) = metrics(run / "dpo_stage")
+    # The policy is still its own reference, but for the rounding of bfloat16 in two programs.
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert first["rewards/margins"] == pytest.approx(0, abs=0.02)
+    for stage in ("sft_stage", "dpo_stage"):
+        _, report = AutoModelForCausalLM.from_pretrained(run / stage, output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (run / stage / "adapter" / "adapter_model.safetensors").exists()
