@@ -46,7 +46,7 @@ class JsonLines(Rows):
         _, first, count = self.spans[index]
         with self.path.open("rb") as file:
             file.seek(first)
-            return _json_object(file.read(count).rstrip(b"\r\n"), self.where(index))
+            return json_object(file.read(count).rstrip(b"\r\n"), self.where(index))
 
     def where(self, index: int) -> str:
         return f"{self.name}:{self.spans[index][0]}"
@@ -106,7 +106,7 @@ def _json_lines(path: Path, name: str) -> JsonLines:
     return JsonLines(path, name, spans)
 
 
-def _json_object(line: bytes, where: str) -> Row:
+def json_object(line: bytes, where: str) -> Row:
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -148,7 +148,7 @@ def _separated(path: Path, name: str, delimiter: str) -> Table:
             last = reader.line_num
     except csv.Error as error:
         raise BadData(str(error), where=f"{name}:{reader.line_num}") from error
-    return _named(name, records, None)
+    return named(name, records, None)
 
 
 def _text(path: Path, name: str, dataset: DatasetConfig) -> Table:
@@ -166,10 +166,10 @@ def _text(path: Path, name: str, dataset: DatasetConfig) -> Table:
         if dataset.txt_field_names:
             raise ConfigError("txt_field_names needs txt_delimiter", fix='txt_delimiter = "\\t"')
         return Table(name, [{field: line} for _, line in lines], [number for number, _ in lines])
-    return _named(name, [(number, line.split(delimiter)) for number, line in lines], dataset.txt_field_names)
+    return named(name, [(number, line.split(delimiter)) for number, line in lines], dataset.txt_field_names)
 
 
-def _named(name: str, records: list[tuple[int, list[str]]], names: Sequence[str] | None) -> Table:
+def named(name: str, records: list[tuple[int, list[str]]], names: Sequence[str] | None) -> Table:
     """Records as dicts; without `names` the first record is the names."""
     if names is None:
         if not records:

@@ -10,10 +10,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ntjax.data.files import Row, _json_object, _named
-from ntjax.data.rows import _data_files, _existing, _split_of
+from ntjax.data.files import Row, json_object, named
+from ntjax.data.rows import data_files, existing, from_hub, split_of
 from ntjax.data.stream import Lazy
-from ntjax.errors import BadData, ConfigError, InputMissing, Refused
+from ntjax.errors import BadData, ConfigError, InputMissing
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
@@ -75,16 +75,17 @@ def open_lazily(dataset: DatasetConfig, folders: Sequence[Path], split: str | No
             fix="name a whole split",
         )
     if dataset.dataset_path is None:
-        return _hub(dataset, split or "train")
-    path = _existing(Path(str(dataset.dataset_path)).expanduser(), folders)
+        found = from_hub(dataset, split or "train", streaming=True)
+        return Hub(str(dataset.dataset_name), found)
+    path = existing(Path(str(dataset.dataset_path)).expanduser(), folders)
     if dataset.dataset_kwargs:
         raise ConfigError(
             f"dataset_kwargs go to datasets.load_dataset, but {path.name} is read as a file",
             fix="remove dataset_kwargs, or give dataset_name",
         )
     splits: dict[str, list[Path]] = {} if path.is_dir() else {"train": [path]}
-    for file in _data_files(path) if path.is_dir() else []:
-        splits.setdefault(_split_of(file.relative_to(path)), []).append(file)
+    for file in data_files(path) if path.is_dir() else []:
+        splits.setdefault(split_of(file.relative_to(path)), []).append(file)
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "train"
     if split not in splits:
@@ -106,7 +107,7 @@ def _json_lines(path: Path, name: str, dataset: DatasetConfig) -> Iterator[Lazy]
         for number, line in enumerate(file, 1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if text.strip():
-                yield partial(_json_object, text.rstrip(b"\r\n"), f"{name}:{number}"), f"{name}:{number}"
+                yield partial(json_object, text.rstrip(b"\r\n"), f"{name}:{number}"), f"{name}:{number}"
 
 
 def _text(path: Path, name: str, dataset: DatasetConfig) -> Iterator[Lazy]:
@@ -150,14 +151,14 @@ def _separated(path: Path, name: str, dataset: DatasetConfig) -> Iterator[Lazy]:
                     yield partial(_record, name, last + 1, record, names), f"{name}:{last + 1}"
                 elif record:
                     names = record
-                    _named(name, [], names)
+                    named(name, [], names)
                 last = reader.line_num
         except csv.Error as error:
             raise BadData(str(error), where=f"{name}:{reader.line_num}") from error
 
 
 def _record(name: str, number: int, record: list[str], names: list[str]) -> Row:
-    return _named(name, [(number, record)], names)[0]
+    return named(name, [(number, record)], names)[0]
 
 
 def _parquet(path: Path, name: str, dataset: DatasetConfig) -> Iterator[Lazy]:
@@ -171,24 +172,6 @@ def _parquet(path: Path, name: str, dataset: DatasetConfig) -> Iterator[Lazy]:
             yield partial(dict, row), f"{name} row {number}"
     except pyarrow.ArrowInvalid as error:
         raise BadData(f"not parquet: {error}", where=name) from error
-
-
-def _hub(dataset: DatasetConfig, split: str) -> Hub:
-    """A hub data set, fetched as it is read and not cached."""
-    import datasets
-
-    kwargs, name = dict(dataset.dataset_kwargs), str(dataset.dataset_name)
-    if kwargs.pop("trust_remote_code", False):
-        raise Refused("dataset_kwargs.trust_remote_code: code from the hub is never run", fix="remove it")
-    try:
-        return Hub(name, datasets.load_dataset(name, split=split, streaming=True, **kwargs))
-    except ValueError as error:  # an unknown split or configuration: the message lists what there is
-        raise InputMissing(f"{name}: {error}", fix="correct dataset_split, or dataset_kwargs.name") from error
-    except OSError as error:
-        raise InputMissing(
-            f"{name} can't be read from the hub: {error}",
-            fix="check the name; or download it elsewhere and give dataset_path",
-        ) from error
 
 
 READERS: dict[str, Callable[[Path, str, Any], Iterator[Lazy]]] = {

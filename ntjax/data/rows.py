@@ -101,7 +101,7 @@ def open_rows(dataset: DatasetConfig, folders: Sequence[Path], split: str | None
 
 
 def _local_rows(dataset: DatasetConfig, folders: Sequence[Path], split: str | None) -> Rows:
-    path = _existing(Path(str(dataset.dataset_path)).expanduser(), folders)
+    path = existing(Path(str(dataset.dataset_path)).expanduser(), folders)
     if dataset.dataset_kwargs:
         raise ConfigError(
             f"dataset_kwargs go to datasets.load_dataset, but {path.name} is read as a file",
@@ -109,8 +109,8 @@ def _local_rows(dataset: DatasetConfig, folders: Sequence[Path], split: str | No
         )
     splits: dict[str, list[Path]] = {}
     if path.is_dir():
-        for file in _data_files(path):
-            splits.setdefault(_split_of(file.relative_to(path)), []).append(file)
+        for file in data_files(path):
+            splits.setdefault(split_of(file.relative_to(path)), []).append(file)
         root = path
     else:
         splits["train"] = [path]
@@ -152,7 +152,7 @@ def _cut(splits: Mapping[str, Rows], split: str, count: int | None) -> Rows:
     return Chosen(parts)
 
 
-def _existing(path: Path, folders: Sequence[Path]) -> Path:
+def existing(path: Path, folders: Sequence[Path]) -> Path:
     places = [path] if path.is_absolute() else [folder / path for folder in folders]
     for place in places:
         if place.exists():
@@ -169,7 +169,7 @@ def _existing(path: Path, folders: Sequence[Path]) -> Path:
     )
 
 
-def _data_files(folder: Path) -> list[Path]:
+def data_files(folder: Path) -> list[Path]:
     """Every data file below a folder, sorted by path, hidden ones left out."""
     found = [
         file
@@ -184,7 +184,7 @@ def _data_files(folder: Path) -> list[Path]:
     return found
 
 
-def _split_of(path: Path) -> str:
+def split_of(path: Path) -> str:
     """The split a file's name or its folder's says it is of; "train" if they say nothing."""
     for part in (path.stem, *(parent.name for parent in path.parents)):
         for word in re.split(r"[^a-z]+", part.lower()):
@@ -194,17 +194,21 @@ def _split_of(path: Path) -> str:
 
 
 def _hub_rows(dataset: DatasetConfig, split: str | None) -> Rows:
-    """Rows of a hub data set; with `streaming` only what is asked for is fetched, and not cached."""
+    """Rows of a hub data set."""
+    found = from_hub(dataset, split or "train")
+    count = len(found) if dataset.num_samples is None else min(len(found), dataset.num_samples)
+    return Chosen([(Table(str(dataset.dataset_name), found), 0, count)])
+
+
+def from_hub(dataset: DatasetConfig, split: str, *, streaming: bool = False) -> Any:
+    """A data set of the hub as `datasets` gives it; streaming, it is fetched as it is read and not cached."""
     import datasets
 
-    kwargs = dict(dataset.dataset_kwargs or {})
+    kwargs, name = dict(dataset.dataset_kwargs or {}), str(dataset.dataset_name)
     if kwargs.pop("trust_remote_code", False):
         raise Refused("dataset_kwargs.trust_remote_code: code from the hub is never run", fix="remove it")
-    name, split = str(dataset.dataset_name), split or "train"
     try:
-        found = datasets.load_dataset(name, split=split, streaming=dataset.streaming, **kwargs)
-        if dataset.streaming:
-            found = list(found if dataset.num_samples is None else found.take(dataset.num_samples))
+        return datasets.load_dataset(name, split=split, streaming=streaming, **kwargs)
     except ValueError as error:  # an unknown split or configuration: the message lists what there is
         raise InputMissing(f"{name}: {error}", fix="correct dataset_split, or dataset_kwargs.name") from error
     except OSError as error:
@@ -213,5 +217,3 @@ def _hub_rows(dataset: DatasetConfig, split: str | None) -> Rows:
             fix="check the name; set HF_TOKEN for a private one, HF_ENDPOINT for a mirror, HTTPS_PROXY for a "
             "proxy; or download it elsewhere and give dataset_path",
         ) from error
-    count = len(found) if dataset.num_samples is None else min(len(found), dataset.num_samples)
-    return Chosen([(Table(name, found), 0, count)])
