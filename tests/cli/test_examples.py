@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_the_familiar_example_runs_on_a_real_model(tmp_path: Path) -> None:
     config = ROOT / "configs" / "llm_training_example.toml"
-    changed = [f"model.model_name_or_path={smollm2_folder(tmp_path / "smollm2")}"]
+    changed = [f"model.model_name_or_path={smollm2_folder(tmp_path / 'smollm2')}"]
     changed += ["stages.sft.max_steps=1", "stages.dpo.max_steps=1"]
     done = subprocess.run(
         [sys.executable, "-m", "ntjax.train", "--config", config, "--output-dir", tmp_path, *changed],
