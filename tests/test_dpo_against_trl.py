@@ -172,7 +172,13 @@ PAIRED: dict[str, Callable[[Place], Runs]] = {
 }
 
 
-@pytest.fixture(scope="module", params=PAIRED)
+SLOW = {"precomputed", "losses", "synced"}  # left to CI
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PAIRED],
+)
 def runs(request: pytest.FixtureRequest, place: Place) -> Runs:
     return PAIRED[request.param](place)
 

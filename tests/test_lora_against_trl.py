@@ -93,7 +93,10 @@ def lora(targets: Any, settings: Row) -> Row:
     return {"use_lora": True, "lora_config": {"r": 8, "lora_alpha": 64, "target_modules": targets}} | settings
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=["plain", "4 bits", pytest.param("8 bits", marks=pytest.mark.slow)],
+)
 def runs(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """80 prompts and completions, 16 a step, from the same adapter, on eight devices."""
     rng, out = random.Random(0), tmp_path_factory.mktemp("lora")

@@ -14,8 +14,6 @@ import pytest
 
 from tests.cli.process import Result, cold, metrics, write_rows
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def spoilt(place: Path, config: Callable[..., Path], whole: Path) -> Path:
@@ -40,7 +38,7 @@ WRONG: dict[str, tuple[Sequence[str], int, Sequence[str]]] = {
     ),
     "wrong type": (["stages.0.max_steps=many"], 78, ["max_steps", "a whole number"]),
     "impossible": (["stages.0.max_steps=0"], 78, ["max_steps", "no steps would be taken"]),
-    "not built": (["model.use_lora=true"], 78, ["not built yet: LoRA adapters (model.use_lora)"]),
+    "not built": (["stages.0.fp16=true"], 78, ["not built yet: float16 with loss scaling (stages.0.fp16)"]),
     "deepspeed": (["--deepspeed", "ds.json"], 78, ["not built yet: reading DeepSpeed files"]),
     "no such stage": (["--stages", "dpo"], 78, ["--stages", "'dpo'", "sft_stage"]),
     "no wandb": (["use_wandb=true"], 78, ["use_wandb", 'pip install "ntjax[wandb]"']),
@@ -92,17 +90,6 @@ def test_the_other_commands_say_what_is_wrong(
     assert ended.code == code, ended.err
     assert said in ended.err
     assert "Traceback" not in ended.err
-
-
-def test_the_example_of_everything_is_refused_in_a_sentence(
-    ntjax: Callable[..., Result], place: Path
-) -> None:
-    ended = ntjax("train", "--config", ROOT / "configs" / "llm_training_example.toml")
-    assert ended.code == 78
-    (line,) = ended.err.splitlines()
-    assert "not built yet" in line
-    for feature in ("LoRA adapters", "4-bit weights", "flash attention", "dpo stages"):
-        assert feature in line
 
 
 def test_debug_shows_the_traceback(ntjax: Callable[..., Result], spoilt: Path) -> None:
