@@ -90,9 +90,11 @@ class _Saved:
         from ntjax.config import ModelConfig
         from ntjax.leaves import load_part
         from ntjax.models import build
+        from ntjax.policy import VALUE
 
         self.folder = folder
         self.trainable, self.meta = load_part(folder, step, "params/")
+        self.trainable.pop(VALUE, None)  # a Hugging Face model has no place for a head of values
         self.settings = ModelConfig.of(self.meta["model"])
         self.model = build(self.meta["hf"], labels=int(self.meta["scores"]))
         self.source, self.base = Path(self.meta["source"]), str(self.meta["base"])

@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ntjax.data.lazy import Files, Hub
-from ntjax.data.loader import Examples, Plan, batches
+from ntjax.data.loader import Examples, Plan, batches, permutation
+from ntjax.data.prompts import Prompts
 from ntjax.data.stream import Stream, ahead
 from ntjax.data.text import TextEncoder
+from ntjax.metrics import Metrics
+from ntjax.stages.rollout import Geometry
 
 
 class Fed(NamedTuple):
     """The arrays of a step [microbatches, rows of this process, ...], and what is known of it over all processes.
 
-    `epoch` is that after the step; `position` is what a stream goes on from after it, None where the step says it.
+    `epoch` is that after the step; `position` is what a stream or a window of completions goes on from after it, None
+    where the step says it.
     """
 
     batch: dict[str, np.ndarray]
     tokens: int
     epoch: float
-    position: dict[str, int] | None = None
+    position: dict[str, Any] | None = None
+    metrics: Metrics = {}  # what is known of the step's data beside
 
 
 @dataclass(frozen=True)
@@ -108,4 +113,33 @@ class Streamed:
             rows.close()
 
 
-Feed = Planned | Streamed
+@dataclass(frozen=True)
+class Questions:
+    """Prompts in the order in which they are asked: pass after pass, each in an order of its own with `shuffle`."""
+
+    prompts: Prompts
+    geometry: Geometry
+    steps: int
+    shuffle: bool
+    seed: int
+    pad_id: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the prompts."""
+        return self.geometry.steps_per_epoch(len(self.prompts))
+
+    def number(self, asked: int) -> int:
+        """Which prompt comes after `asked` others."""
+        epoch, within = divmod(asked, len(self.prompts))
+        return int(permutation(len(self.prompts), self.seed, epoch)[within]) if self.shuffle else within
+
+    def order(self, window: int) -> np.ndarray:
+        """The rows of each step of a window: [steps, accumulation, rows]."""
+        shape = self.geometry
+        drawn = np.random.default_rng([self.seed, 1, window])
+        epochs = [drawn.permutation(shape.completions) for _ in range(shape.epochs)]
+        return np.concatenate(epochs).reshape(shape.steps, shape.accumulation, shape.rows)
+
+
+Feed = Planned | Streamed | Questions

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,6 +219,16 @@ def tags(record: Mapping[str, float]) -> dict[str, float]:
         if key != "step":
             named[f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"] = value
     return named
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Adds JSON lines to a file; what isn't JSON is written as its text, what can't be written is warned about."""
+    text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        log.warning(_LOST, path.name, type(error).__name__, error)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

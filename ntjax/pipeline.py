@@ -76,6 +76,8 @@ def _run_stages(
         step = where.step if where and index == named else None
         log.info("%s starts from %s", stage.stage_name, start)
         job = Job(config, stage, start.source, folder, start.base, start.adapter)
+        earlier = {s.stage_name: stage_folder(config, s, run_folder) for s in config.stages[:index]}
+        job = replace(job, results=earlier)
         setup = prepare(replace(job, resume=goes_on, resume_step=step, allow_changed=allow_changed))
         # A resumed run may have other settings of those that are free to change, or allowed to.
         (run_folder / "config.toml").write_text(to_toml(config))

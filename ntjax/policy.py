@@ -17,20 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
+from safetensors.numpy import load_file
 
 from ntjax import lora
 from ntjax.config import ModelConfig
-from ntjax.errors import ConfigError
+from ntjax.errors import BadData, ConfigError
 from ntjax.hf.folder import HARMLESS, Quantise, load_params, open_weights
 from ntjax.hf.peft import load_adapter
 from ntjax.lora import Plan
 from ntjax.models import Model
-from ntjax.params import Params, Specs, decays, initial
+from ntjax.params import Params, Specs, decays, initial, weight
 from ntjax.quantised import EightBit, FourBit, Kind, quantise_4bit, quantise_8bit
 from ntjax.step import Join, union
 from ntjax.targets import Where
 from ntjax.weights import dense
 
+VALUE, VALUE_FILE = "value", "value_head.safetensors"
 LANGUAGE_HEAD = r"^lm_head\.weight$"
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,15 @@ class Policy:
 
     @property
     def join(self) -> Join:
-        """(frozen, trainable, dropout key or None) -> the model's weights."""
-        return self.plan.join if self.plan else union
+        """(frozen, trainable, dropout key or None) -> the model's weights, and the value head where there is one."""
+        join = self.plan.join if self.plan else union
+        if VALUE not in self.specs:
+            return join
+
+        def with_head(frozen: Params, trainable: Params, key: jax.Array | None = None) -> Params:
+            return {**join(frozen, trainable, key), VALUE: trainable[VALUE]}
+
+        return with_head
 
 
 def adapters(
@@ -121,6 +130,24 @@ def load_policy(
     return Policy(trainable, frozen, plan.specs(model.specs), plan, start)
 
 
+def with_values(policy: Policy, embed: int, source: Path, sharding: Sharding) -> Policy:
+    """The policy with a head of values on its last hidden states, trained with it: the one in `source`, which an
+    earlier stage left there, else zeros, so that values start without an opinion and leave the policy as it is."""
+    sizes = {"embed": embed, "values": 1}
+    spec = weight(sizes, "embed -> values", "v_head.weight", init="zeros").get_metadata()["spec"]
+    head = initial({VALUE: spec}, jax.random.key(0))[VALUE]
+    if (source / VALUE_FILE).exists():
+        head = load_file(source / VALUE_FILE)[spec.hf]
+        if head.shape != spec.shape:
+            raise BadData(
+                f"{spec.hf} has the shape {head.shape}, not {spec.shape}",
+                where=str(source / VALUE_FILE),
+                fix="remove it to start with values of zero",
+            )
+    trainable = {**policy.trainable, VALUE: jax.device_put(head, sharding)}
+    return replace(policy, trainable=trainable, specs={**policy.specs, VALUE: spec})
+
+
 def reference(policy: Policy, *, continued: bool, compute: str) -> Params:
     """The weights as they are before the first step, for comparison while training goes on.
 
@@ -132,8 +159,10 @@ def reference(policy: Policy, *, continued: bool, compute: str) -> Params:
         return {
             path: jnp.array(w, compute if decays(policy.specs[path]) else w.dtype, copy=True)
             for path, w in policy.trainable.items()
+            if path != VALUE
         }
     now = jax.tree.map(jnp.copy, policy.trainable)
+    now.pop(VALUE, None)
     if continued or not policy.plan.starts_at_nothing:
         return policy.plan.join(policy.frozen, now, None)
     return replace(policy.plan, ranks={}, scales={}).join(policy.frozen, now, None)

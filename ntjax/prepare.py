@@ -6,9 +6,9 @@ Whatever can go wrong cheaply goes wrong here, before weights are read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,29 @@ from ntjax.data.lazy import open_lazily
 from ntjax.data.loader import Examples, Plan
 from ntjax.data.text import TextEncoder
 from ntjax.errors import CheckpointError, ConfigError
-from ntjax.feed import Feed, Planned, Streamed
+from ntjax.feed import Feed, Planned, Questions, Streamed
 from ntjax.hf.files import read_config
 from ntjax.hf.hub import locate
-from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id
+from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id, stop_ids
+from ntjax.judge import Judge, open_judge
 from ntjax.mesh import make_mesh
 from ntjax.models import Model, build, is_scoring, scoring_config
 from ntjax.params import Params
 from ntjax.policy import adapters
 from ntjax.runs import check_unchanged
 from ntjax.stages.base import StageConfig
+from ntjax.stages.rollout import RolloutConfig
 from ntjax.stages.rows import stage_rows
 
 # Settings that may differ when a stage is resumed: they change what is written, not what is computed.
 FREE = {"stage_name", "output_dir", "load_from", "save_strategy", "save_steps", "save_total_limit"}
+FREE |= {
+    "log_completions",
+    "num_completions_to_print",
+    "log_unique_prompts",
+    "reward_timeout",
+    "sampler_slots",
+}
 FREE |= {"load_best_model_at_end", "metric_for_best_model", "greater_is_better"}
 
 log = logging.getLogger(__name__)
@@ -47,7 +56,7 @@ class Job:
     """A stage to run: what it starts from, where it writes, and whether it goes on from a checkpoint there.
 
     `base` is the name of `source` for people and for PEFT. `adapter` is a PEFT folder whose adapter is trained on, or
-    merged where all weights are trained.
+    merged where all weights are trained. `results` are the folders of the run's earlier stages.
     """
 
     config: Config
@@ -59,6 +68,7 @@ class Job:
     resume: bool = False
     resume_step: int | None = None  # None: the newest
     allow_changed: bool = False
+    results: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ class Setup:
     """All that a stage needs but its weights. `settings` are what must not differ when it is resumed.
 
     `adapters` says which are trained, None that all weights are; `adapter` is what was trained of one before.
-    `reference` is the model a stage is held against, where it isn't its own start.
+    `reference` is the model a stage is held against, where it isn't its own start; `judge` rewards what the policy
+    draws, which ends with one of `stop_ids`.
     """
 
     job: Job
@@ -77,8 +88,10 @@ class Setup:
     reference: tuple[Model, Path] | None
     mesh: jax.sharding.Mesh
     train: Feed
-    evaluation: Planned | None
+    evaluation: Planned | Questions | None
     settings: dict[str, Any]
+    stop_ids: tuple[int, ...]
+    judge: Judge | None = None
 
 
 def prepare(job: Job) -> Setup:
@@ -97,9 +110,11 @@ def prepare(job: Job) -> Setup:
     settings = _settings(job, digest)
     if job.resume:
         _check_settings(job, settings)
-    return Setup(
-        job, tokenizer, model, plan, adapter, _reference(job, model), mesh, train, evaluation, settings
-    )
+    reference, stops = _reference(job, model), tuple(stop_ids(job.source, tokenizer))
+    setup = Setup(job, tokenizer, model, plan, adapter, reference, mesh, train, evaluation, settings, stops)
+    if isinstance(train, Questions):
+        return replace(setup, judge=open_judge(job, train.prompts, mesh, train.geometry.rows))
+    return setup
 
 
 def _model(hf: dict[str, Any], job: Job) -> Model:
@@ -165,7 +180,34 @@ def _reference(job: Job, own: Model) -> tuple[Model, Path] | None:
     return model, folder
 
 
-def _feeds(job: Job, tokenizer: Any, vocab: int, devices: int) -> tuple[Feed, Planned | None, str]:
+def _questions(
+    job: Job, prompts: Any, held_out: Any, devices: int, pad: int
+) -> tuple[Questions, Questions | None]:
+    """The prompts that are asked in training and in evaluation."""
+    stage, dataset = job.stage, dataset_for(job.config, job.stage)[1]
+    assert isinstance(stage, RolloutConfig)
+    assert stage.seed is not None
+    shape = stage.geometry(devices)
+    given = stage.per_device_train_batch_size * devices
+    if shape.rows != given:
+        log.info(
+            "%s: %d completions a microbatch instead of %d, so that a window is whole groups of %d",
+            *(stage.stage_name, shape.rows, given, shape.group),
+        )
+    log.info(
+        "%s: windows of %d completions, %d of each of %d prompts, are trained on for %d steps",
+        *(stage.stage_name, shape.completions, shape.group, shape.completions // shape.group, shape.steps),
+    )
+    steps = stage.total_steps(shape, len(prompts))
+    train = Questions(prompts, shape, steps, dataset.shuffle, stage.seed, pad)
+    if held_out is None:
+        return train, None
+    return train, replace(train, prompts=held_out, shuffle=False)
+
+
+def _feeds(
+    job: Job, tokenizer: Any, vocab: int, devices: int
+) -> tuple[Feed, Planned | Questions | None, str]:
     """What the stage is trained and evaluated on, and a digest of the former."""
     config, stage = job.config, job.stage
     dataset, pad = dataset_for(config, stage)[1], pad_id(tokenizer)
@@ -173,6 +215,10 @@ def _feeds(job: Job, tokenizer: Any, vocab: int, devices: int) -> tuple[Feed, Pl
     assert stage.per_device_eval_batch_size is not None
     rows, accumulation = stage.per_device_train_batch_size * devices, stage.gradient_accumulation_steps
     examples, held_out = encoded_rows(config, stage, tokenizer, vocab)
+    if stage.rolls_out:
+        assert examples is not None
+        log.info("%s: %s", stage.stage_name, examples.report())
+        return *_questions(job, examples, held_out, devices, pad), examples.digest()
     evaluation = None
     if held_out is not None:
         many = stage.per_device_eval_batch_size * devices

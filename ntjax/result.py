@@ -6,11 +6,16 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
+import jax
+import numpy as np
+import safetensors.numpy
+
+from ntjax.hf.files import replacing
 from ntjax.hf.folder import save_params
 from ntjax.hf.peft import save_adapter
 from ntjax.hf.tokenizer import pad_id, save_generation_config, save_tokenizer
 from ntjax.params import Params
-from ntjax.policy import Policy, is_quantised
+from ntjax.policy import VALUE, VALUE_FILE, Policy, is_quantised
 from ntjax.prepare import Setup
 
 log = logging.getLogger(__name__)
@@ -21,8 +26,13 @@ def export(setup: Setup, policy: Policy, trainable: Params) -> None:
     job, stage = setup.job, setup.job.stage
     dtype = job.config.model.dtype
     config = setup.model.exported(pad_id(setup.tokenizer))
-    params = policy.join(policy.frozen, trainable, None)
+    joined = policy.join(policy.frozen, trainable, None)
+    params = {path: joined[path] for path in setup.model.specs}
     save_params(job.folder, params, setup.model.specs, dtype=dtype, config=config)
+    if VALUE in trainable and jax.process_index() == 0:
+        head = {policy.specs[VALUE].hf: np.asarray(trainable[VALUE])}
+        with replacing(job.folder, VALUE_FILE) as create:
+            create(VALUE_FILE).write(safetensors.numpy.save(head))
     save_tokenizer(setup.tokenizer, job.folder)
     if not stage.scores:
         save_generation_config(job.folder, job.source, setup.tokenizer)
@@ -32,7 +42,7 @@ def export(setup: Setup, policy: Policy, trainable: Params) -> None:
         save_adapter(
             job.folder / "adapter",
             policy.plan,
-            trainable,
+            {path: trainable[path] for path in policy.plan.specs(setup.model.specs)},
             setup.model.specs,
             job.config.model.lora_config,
             job.base,

@@ -16,16 +16,17 @@ import numpy as np
 
 from ntjax.checkpoint import Checkpoints
 from ntjax.errors import ConfigError, Diverged, Preempted
-from ntjax.feed import Fed, Feed
+from ntjax.feed import Fed, Feed, Planned, Questions, Streamed
 from ntjax.mesh import place_batch, replicated
-from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics
+from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics, rewind
 from ntjax.optim import direction, schedule
 from ntjax.params import Params
-from ntjax.policy import Policy, load_policy, size
+from ntjax.policy import Policy, load_policy, size, with_values
 from ntjax.prepare import Job, Setup
 from ntjax.progress import Progress
 from ntjax.reference import reference_scores, with_reference
 from ntjax.result import export, origin
+from ntjax.rollout import COMPLETIONS, Rollouts, Weights
 from ntjax.runs import mark_done
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
@@ -51,11 +52,13 @@ def train(setup: Setup, stop: StopRequest) -> None:
             loop.restore()
         else:
             checkpoints.discard_after(-1)
-            loop.log.rewind(0)
+            loop.rewind(0)
         loop.run(stop)
     finally:
         checkpoints.close()
         loop.log.close()
+        if setup.judge:
+            setup.judge.close()
     export(setup, policy, loop.best_params())
     mark_done(job.folder, {"steps": setup.train.steps, "last": loop.last_record})
 
@@ -66,7 +69,7 @@ def best_mode(stage: StageConfig) -> Any:
         return None
     higher = stage.greater_is_better
     if higher is None:
-        higher = not (stage.metric_for_best_model or "loss").endswith(("loss", "perplexity"))
+        higher = not (stage.metric_for_best_model or stage.best_metric).endswith(("loss", "perplexity"))
     return "max" if higher else "min"
 
 
@@ -83,11 +86,11 @@ class Loop:
         reference: Params | None,
         checkpoints: Checkpoints,
     ):
-        job, self.stage, self.feed = setup.job, setup.job.stage, setup.train
+        job, self.stage = setup.job, setup.job.stage
         assert self.stage.seed is not None
         loss = self.stage.loss(setup.model)
         optimizer = direction(self.stage, policy.specs)
-        rate, clip = schedule(self.stage, self.feed.steps), self.stage.max_grad_norm
+        rate, clip = schedule(self.stage, setup.train.steps), self.stage.max_grad_norm
         step = train_step(loss, optimizer, rate, clip, policy.join, self.stage.seed)
         state = initial_state(policy.trainable, optimizer)
         if getattr(self.stage, "sync_ref_model", False):
@@ -99,17 +102,27 @@ class Loop:
         self.step = jax.jit(step, donate_argnums=0)
         self.evaluate_batch = jax.jit(eval_step(loss, policy.join))
         self.score = reference_scores(setup)
+        self.feed: Planned | Streamed | Rollouts
+        if isinstance(setup.train, Questions):
+            self.feed = Rollouts(setup, policy.join, self.score, self.weights)
+        else:
+            self.feed = setup.train
         self.log = MetricsLog(job.folder, tensorboard=_tensorboard(job), wandb=_wandb(job))
         self.progress = Progress(self.stage.stage_name, self.feed.steps)
         self.window = Window()
         self.done = 0  # steps dispatched
         self.epoch = 0.0  # passes over the data after `done` steps
-        self.position: dict[str, int] | None = None  # in a stream, after `done` steps
+        self.position: dict[str, Any] | None = None  # in a stream or a window, after `done` steps
         self.pending: tuple[int, Metrics, Fed] | None = None
         self.skipped = 0  # non-finite steps in a row
         self.last_record: dict[str, Any] = {}
         self.last_metric: float | None = None
         self.clock = time.perf_counter()
+
+    def weights(self) -> Weights:
+        """The policy and its reference after the steps dispatched."""
+        reference = self.reference if self.state.reference is None else self.state.reference
+        return Weights(self.state.params, self.frozen, reference)
 
     def restore(self) -> None:
         """Goes on from the job's checkpoint, the newest intact one if none is named."""
@@ -119,10 +132,15 @@ class Loop:
         self.window = Window.from_state(meta["window"])
         self.last_metric, self.skipped = meta["metric"], meta["skipped"]
         self.epoch, self.position = meta["epoch"], meta["position"]
-        self.log.rewind(self.done)
+        self.rewind(self.done)
         self.last_record = (read_metrics(job.folder) or [{}])[-1]
         self.progress = Progress(self.stage.stage_name, self.feed.steps, start=self.done)
         log.info("%s: resuming at step %d of %d", self.stage.stage_name, self.done, self.feed.steps)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step`."""
+        self.log.rewind(step)
+        rewind(self.setup.job.folder, step, COMPLETIONS)
 
     def run(self, stop: StopRequest) -> None:
         """Runs the steps that are left."""
@@ -151,9 +169,8 @@ class Loop:
 
     def prepared(self, batch: dict[str, np.ndarray]) -> Batch:
         """The batch on the devices, with what the reference model says of it where the loss asks for that."""
-        placed = place_batch(batch, self.setup.mesh)
-        reference = self.reference if self.state.reference is None else self.state.reference
-        if self.score is None or reference is None:
+        placed, reference = place_batch(batch, self.setup.mesh), self.weights().reference
+        if self.score is None or reference is None or isinstance(self.feed, Rollouts):
             return placed
         return {**placed, **self.score(reference, placed)}
 
@@ -179,11 +196,11 @@ class Loop:
                 fix="lower learning_rate, or look at the rows of these steps",
             )
         latest = {name: float(fetched.pop(name).total) for name in ("grad_norm", "learning_rate")}
-        trained = float(fetched["loss"].weight)
+        trained = float(fetched.pop("trained", fetched["loss"]).weight)
         if nonfinite:
             self.progress.note(f"step {step}: gradients are not finite; weights are left as they were")
             fetched = {}
-        self.window.add(fetched, fed.tokens, trained)
+        self.window.add(fetched | fed.metrics, fed.tokens, trained)
         if step % self.stage.logging_steps == 0 or step == self.feed.steps:
             now = time.perf_counter()
             self.write(step, fed.epoch, latest | self.window.finish(now - self.clock))
@@ -201,23 +218,31 @@ class Loop:
         self.collect()
         assert self.setup.evaluation is not None
         started = time.perf_counter()
-        total: Metrics = {}
-        with self.setup.evaluation.open() as rows:
-            for fed in rows:
-                metrics = self.evaluate_batch(self.state.params, self.frozen, self.prepared(fed.batch))
-                total = add(total, jax.device_get(metrics))
-        means = finish(total)
+        means = finish(self.evaluated())
         record = {f"eval_{name}": value for name, value in means.items()}
         if self.stage.likelihood:
             record["eval_perplexity"] = float(np.exp(means["loss"]))
         record["eval_runtime"] = time.perf_counter() - started
-        wanted = f"eval_{(self.stage.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        wanted = f"eval_{(self.stage.metric_for_best_model or self.stage.best_metric).removeprefix('eval_')}"
         if wanted not in record:
             known = ", ".join(name.removeprefix("eval_") for name in record)
             raise ConfigError(f"metric_for_best_model: there is no {wanted}", fix=f"there are {known}")
         self.last_metric = record[wanted]
         self.write(self.done, self.epoch, record)
         self.clock += time.perf_counter() - started  # evaluating is not part of a step's time
+
+    def evaluated(self) -> Metrics:
+        """What is counted over the held-out rows."""
+        if isinstance(self.feed, Rollouts):
+            return self.feed.evaluate()
+        assert isinstance(self.setup.evaluation, Planned)
+        total: Metrics = {}
+        with self.setup.evaluation.open() as rows:
+            for fed in rows:
+                metrics = self.evaluate_batch(self.state.params, self.frozen, self.prepared(fed.batch))
+                total = add(total, jax.device_get(metrics))
+        total.pop("trained", None)
+        return total
 
     def save(self) -> None:
         """A checkpoint of everything the next step depends on."""
@@ -257,7 +282,7 @@ def _abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def due(strategy: str, every: int | None, step: int, feed: Feed) -> bool:
+def due(strategy: str, every: int | None, step: int, feed: Feed | Rollouts) -> bool:
     """Whether an evaluation or a save falls on this step."""
     if strategy == "epoch":
         return step % feed.steps_per_epoch == 0 or step == feed.steps
@@ -300,6 +325,9 @@ def start(setup: Setup) -> Policy:
         seed=stage.seed,
         sharding=lambda path: place,
     )
+    if stage.values:
+        before = job.adapter.parent if job.adapter else job.source
+        policy = with_values(policy, setup.model.config.embed, before, place)
     trained, frozen = size(policy.trainable), size(policy.frozen)
     log.info(
         "%s: trained are %s",

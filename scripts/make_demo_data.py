@@ -4,7 +4,8 @@
 
 pirate, pirate_eval: plain facts as conversations, answered by a pirate. sft: the same facts as prompt and
 response. preferences: a prompt with a polite, short answer (chosen) and a rude or rambling one (rejected).
-text: paragraphs on towns that don't exist.
+text: paragraphs on towns that don't exist. sums, sums_eval: sums and differences of one digit, as a conversation that
+waits for its answer, and the answer in a column of its own, for a reward.
 """
 
 from __future__ import annotations
@@ -158,6 +159,18 @@ def text_rows(dice: random.Random) -> list[dict]:
     return rows
 
 
+def sum_rows(dice: random.Random) -> list[dict]:
+    """Every sum and every difference of two digits that isn't negative."""
+    rows = []
+    for a in range(10):
+        for b in range(10):
+            rows.append((f"What is {a} + {b}?", a + b))
+            if a >= b:
+                rows.append((f"What is {a} - {b}?", a - b))
+    dice.shuffle(rows)
+    return [{"prompt": [{"role": "user", "content": asked}], "answer": str(answer)} for asked, answer in rows]
+
+
 def write(name: str, rows: Iterable[dict]) -> None:
     """One row a line."""
     (FOLDER / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -172,6 +185,9 @@ def main() -> None:
     write("sft.jsonl", sft_rows(random.Random(8)))
     write("preferences.jsonl", preference_rows(random.Random(9)))
     write("text.jsonl", text_rows(random.Random(10)))
+    sums = sum_rows(random.Random(11))
+    write("sums.jsonl", sums[48:])
+    write("sums_eval.jsonl", sums[:48])
 
 
 if __name__ == "__main__":

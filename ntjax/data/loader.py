@@ -80,7 +80,7 @@ class Plan:
         if not self.packing:
             return [[row] for row in rows]
         order = (
-            _permutation(len(rows), self.seed, -1)
+            permutation(len(rows), self.seed, -1)
             if self.shuffle and not self.in_order
             else np.arange(len(rows))
         )
@@ -126,16 +126,21 @@ class Plan:
             return self.max_length
         rows = [row for microbatch in self.slots(step) for slot in microbatch for row in slot]
         longest = max(int(self.lengths[row]) for row in rows)
-        return min(self.max_length, max(SHORTEST, 1 << (longest - 1).bit_length()))
+        return rounded(longest, self.max_length)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.shuffle:
-            return _permutation(len(self.packs), self.seed, epoch)
+            return permutation(len(self.packs), self.seed, epoch)
         return np.arange(len(self.packs))
 
 
+def rounded(length: int, most: int) -> int:
+    """The bucket that `length` tokens fall into: 64, 128, 256, ... and `most`."""
+    return min(most, max(SHORTEST, 1 << (length - 1).bit_length()))
+
+
 @lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch; epoch -1 is the order in which rows are packed."""
     return np.random.default_rng([seed, epoch + 1]).permutation(count)
 

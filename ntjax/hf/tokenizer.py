@@ -101,3 +101,11 @@ def save_generation_config(
     """Writes `generation_config` into a folder."""
     with replacing(folder, "generation_config.json") as create:
         create("generation_config.json").write(to_json(generation_config(source, tokenizer, stops)))
+
+
+def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Tokens that end a completion: the tokenizer's and generation_config.json's ends of sequence."""
+    path = folder / "generation_config.json"
+    named = read_json(path).get("eos_token_id") if path.exists() else None
+    ids = named if isinstance(named, list) else [named]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})

@@ -113,7 +113,7 @@ ABSENT = {
 class StageConfig(Table):
     """What every stage can be told. Left at None, a setting takes its value from the rest of the config."""
 
-    stage_type: str = setting(later={kind: f"{kind} stages" for kind in ("ppo", "grpo")})
+    stage_type: str = setting()
     stage_name: str = setting("")
     load_from: str | None = setting(None)
     output_dir: str | None = setting(None)
@@ -187,6 +187,9 @@ class StageConfig(Table):
 
     scores: ClassVar[bool] = False  # whether the model gives a score instead of the next token
     likelihood: ClassVar[bool] = False  # whether the loss is a token's, and its exponential a perplexity
+    rolls_out: ClassVar[bool] = False  # whether the policy draws what it is trained on
+    values: ClassVar[bool] = False  # whether the policy has a head of values
+    best_metric: ClassVar[str] = "loss"
     streams: ClassVar[bool] = False  # whether data may be read while it is trained on
     learns_to_stop: ClassVar[bool] = False  # whether rows should end with a stop token that is learned
     merged = "stage_kwargs"

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting
-from ntjax.stages.base import ABSENT, StageConfig
+from ntjax.stages.base import ABSENT
+from ntjax.stages.rollout import SAMPLER, Geometry, Judged, RolloutConfig, completion_scores
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ntjax.losses.grpo import Grpo
+    from ntjax.models import Model
+    from ntjax.params import Params
+    from ntjax.step import Batch, Loss
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-_SAMPLER = "the sampler is the trainer's own model, and there is no second engine"
+_ENTROPY = "a bonus on entropy"
 
 
 @dataclass(frozen=True)
-class Options(StageConfig):
-    """Settings of a grpo stage, under TRL's GRPOConfig's names and with its defaults."""
+class Options(RolloutConfig):
+    """Settings of a grpo stage, under TRL's GRPOConfig's names and with its defaults.
 
-    reward_function: tuple[str, ...] | None = setting(None, aliases=("reward_functions", "reward_funcs"))
-    reward_weights: tuple[float, ...] | None = setting(None)
-    reward_model_path: str | None = setting(None, aliases=("reward_model_name_or_path",))
+    TRL has no `dynamic_sample` (with `max_resample_times`, ms-swift's names): groups whose rewards are all the same
+    teach nothing, and are replaced by those of further prompts; and no `soft_punish_cache`: the last so many tokens
+    before `max_completion_length` cost up to 1 (both arXiv:2503.14476).
+    """
+
     num_generations: int = setting(8, at_least=2)
     num_generations_eval: int | None = setting(None, at_least=1)
     max_completion_length: int = setting(512, at_least=1)
-    max_length: int = setting(1024, at_least=2, aliases=("max_seq_length", "max_prompt_length"))
     generation_batch_size: int | None = setting(None, at_least=2)
     steps_per_generation: int | None = setting(None, at_least=1)
-    temperature: float = setting(1.0, above=0)
-    top_p: float = setting(1.0, above=0, at_most=1)
-    top_k: int = setting(0, at_least=0)
-    min_p: float | None = setting(None, at_least=0, at_most=1)
-    repetition_penalty: float = setting(1.0, above=0)
-    generation_kwargs: dict[str, Any] = setting({})
-    chat_template_kwargs: dict[str, Any] = setting({})
 
     beta: float = setting(0.0, at_least=0)
     num_iterations: int = setting(1, at_least=1)
@@ -46,13 +49,16 @@ class Options(StageConfig):
         "sum_then_normalize", choices=("sum_then_normalize", "normalize_then_sum")
     )
     mask_truncated_completions: bool = setting(False)
+    dynamic_sample: bool = setting(False)
+    max_resample_times: int = setting(3, at_least=1)
+    soft_punish_cache: int | None = setting(None, at_least=1)
     top_entropy_quantile: float = setting(1.0, above=0, at_most=1)
-    entropy_coef: float = setting(0.0)
-    use_adaptive_entropy: bool = setting(False)
-    entropy_coef_min: float = setting(0.0)
-    entropy_coef_max: float = setting(1.0)
-    entropy_coef_delta: float = setting(0.005, at_least=0)
-    entropy_target: float = setting(0.2, at_least=0)
+    entropy_coef: float = setting(0.0, later=_ENTROPY)
+    use_adaptive_entropy: bool = setting(False, later=_ENTROPY)
+    entropy_coef_min: float = setting(0.0, later=_ENTROPY)
+    entropy_coef_max: float = setting(1.0, later=_ENTROPY)
+    entropy_coef_delta: float = setting(0.005, at_least=0, later=_ENTROPY)
+    entropy_target: float = setting(0.2, at_least=0, later=_ENTROPY)
     sapo_temperature_pos: float = setting(1.0, above=0)
     sapo_temperature_neg: float = setting(1.05, above=0)
     vespo_k_pos: float = setting(2.0, above=0)
@@ -61,38 +67,113 @@ class Options(StageConfig):
     vespo_lambda_neg: float = setting(2.0, above=0)
     off_policy_mask_threshold: float | None = setting(None, above=0)
     use_bias_correction_kl: bool = setting(True)
+    reference_model_path: str | None = setting(None, aliases=("ref_model",))
     sync_ref_model: bool = setting(False)
     ref_model_mixup_alpha: float = setting(0.6, at_least=0, at_most=1)
     ref_model_sync_steps: int = setting(512, at_least=1)
-    max_tool_calling_iterations: int | None = setting(None, at_least=1)
+    max_tool_calling_iterations: int | None = setting(None, at_least=1, later="tools")
     disable_dropout: bool = setting(False)
-    cast_lm_head_to_fp32: bool = setting(False)
-    router_aux_loss_coef: float | None = setting(None, at_least=0)
-    log_completions: bool = setting(False)
-    num_completions_to_print: int | None = setting(None, at_least=1)
-    log_unique_prompts: bool = setting(False)
-    log_multimodal: bool = setting(True)
+    cast_lm_head_to_fp32: bool = setting(False, later="a head of another dtype")
+    router_aux_loss_coef: float | None = setting(None, at_least=0, later="losses on a router")
 
     absent = ABSENT | {
-        "use_vllm": _SAMPLER,
-        "vllm_*": _SAMPLER,
-        "use_transformers_*": _SAMPLER,
-        "transformers_continuous_batching_config": _SAMPLER,
+        "use_vllm": SAMPLER,
+        "vllm_*": SAMPLER,
+        "use_transformers_*": SAMPLER,
+        "transformers_continuous_batching_config": SAMPLER,
         "cache_implementation": "the sampler has one kind of cache",
         "ds3_gather_for_generation": "the sampler uses the sharded weights as they are",
         "log_completions_hub_repo": "ntjax uploads nothing",
+        "log_multimodal": "completions.jsonl holds text",
     }
-    # Reward functions see every column.
-    inherent = {**StageConfig.inherent, "remove_unused_columns": False}
+
+    @property
+    def completion_length(self) -> int:
+        return self.max_completion_length
+
+    def geometry(self, devices: int) -> Geometry:
+        """`steps_per_generation` and `generation_batch_size` count microbatches and completions; whole steps are
+        drawn at a time, and rows are rounded up until a window is whole groups."""
+        rows, accumulation = self.per_device_train_batch_size * devices, self.gradient_accumulation_steps
+        asked = self.steps_per_generation or accumulation
+        if self.generation_batch_size is not None:
+            asked = -(-self.generation_batch_size // rows)
+        parts = -(-asked // accumulation)
+        while rows * accumulation * parts % self.num_generations:
+            rows += devices
+        return Geometry(rows, accumulation, parts, self.num_iterations, self.num_generations)
+
+    def judged(self, window: Mapping[str, np.ndarray], scores: np.ndarray, state: dict[str, Any]) -> Judged:
+        """Advantages of the completions within their groups; `mask` without those that were cut off, if asked."""
+        import numpy as np
+
+        from ntjax.losses.advantages import group_advantages
+
+        named = {True: "group", False: "none"}
+        scale = named[self.scale_rewards] if isinstance(self.scale_rewards, bool) else self.scale_rewards
+        weights = np.asarray(self.reward_weights or [1.0] * len(self.rewards))
+        if scores.shape[1] > len(weights):  # the punishment of overlong completions
+            weights = np.append(weights, np.ones(scores.shape[1] - len(weights)))
+        found = group_advantages(
+            scores, weights, self.num_generations, scale, self.multi_objective_aggregation
+        )
+        mask = window["mask"]
+        if self.mask_truncated_completions:
+            mask = mask & window["stopped"][:, None]
+        arrays = {"mask": mask, "advantages": found.advantages.astype(np.float32)}
+        return Judged(arrays, found.rewards, found.advantages, found.metrics, state)
+
+    def policy_scores(self, model: Model) -> Callable[[Params, Batch], Batch] | None:
+        """Log-probs of the policy that drew, where it is not the policy that is trained at each of the steps."""
+        if self.geometry(1).steps == 1:
+            return None
+        return lambda params, batch: {
+            "old_logps": completion_scores(model, params, batch, self.temperature).logp
+        }
+
+    def reference_scores(self, model: Model) -> Callable[[Params, Batch], Batch] | None:
+        if self.beta == 0:
+            return None
+        return lambda params, batch: {
+            "ref_logps": completion_scores(model, params, batch, self.temperature).logp
+        }
+
+    def loss(self, model: Model) -> Loss:
+        """The policy's loss on completions and their advantages."""
+        from ntjax.losses.grpo import grpo_metrics
+        from ntjax.metrics import Mean
+
+        settings = self._settings()
+
+        def loss(params: Params, batch: Batch) -> Any:
+            scores = completion_scores(model, params, batch, self.temperature)
+            given = {
+                name: batch[name] for name in ("old_logps", "ref_logps", "sampler_logps") if name in batch
+            }
+            metrics = grpo_metrics(
+                scores.logp, scores.entropy, batch["mask"], batch["advantages"], settings, **given
+            )
+            count = batch["mask"].sum(dtype=scores.logp.dtype)
+            return metrics | {"trained": Mean(count, count)}
+
+        return loss
+
+    def _settings(self) -> Grpo:
+        from ntjax.losses.grpo import Grpo
+
+        names = Grpo.__dataclass_fields__
+        return Grpo(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from super().conflicts()
-        if self.reward_function is None and self.reward_model_path is None:
-            yield "reward_function", "a grpo stage needs reward_function or reward_model_path"
-        given = len(self.reward_function or ()) + (self.reward_model_path is not None)
-        if self.reward_weights is not None and len(self.reward_weights) != given:
-            yield "reward_weights", f"{len(self.reward_weights)} weights for {given} rewards"
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             yield "steps_per_generation", "generation_batch_size says it already"
         if (self.generation_batch_size or self.num_generations) % self.num_generations:
             yield "generation_batch_size", f"not a multiple of num_generations = {self.num_generations}"
+        if self.soft_punish_cache is not None and self.soft_punish_cache > self.max_completion_length:
+            yield "soft_punish_cache", f"more than max_completion_length = {self.max_completion_length}"
+        if self.max_resample_times != 3 and not self.dynamic_sample:
+            yield "max_resample_times", "only dynamic_sample = true has a use for it"
+        for name in ("reference_model_path", "sync_ref_model"):
+            if getattr(self, name) and self.beta == 0:
+                yield name, "with beta = 0 no reference model is looked at"

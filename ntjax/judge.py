@@ -1,0 +1,223 @@
+"""All that judges completions: functions in worker processes, models on the devices, and the cost of length.
+
+Axes: N completions, F rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ntjax.data.prompts import Prompts
+from ntjax.errors import ConfigError
+from ntjax.hf.hub import locate
+from ntjax.metrics import Mean, Metrics
+from ntjax.rewards import Batch, Rewards
+from ntjax.scorer import Scorer
+from ntjax.stages.rollout import RolloutConfig
+
+if TYPE_CHECKING:
+    from ntjax.prepare import Job
+
+OVERLONG = "soft_overlong_punishment"
+
+
+def rewarded(
+    prompts: Prompts,
+    numbers: Sequence[int],
+    ids: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    state: Mapping[str, Any],
+) -> Batch:
+    """What rewards are given: conversational prompts are answered by messages, text by text, as in TRL."""
+    said = [prompts.kept[number].said for number in numbers]
+    answers = [
+        [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+        for prompt, text in zip(said, texts, strict=True)
+    ]
+    return Batch(said, answers, [list(each) for each in ids], prompts.columns(numbers), dict(state))
+
+
+def tryout(prompts: Prompts) -> Batch:
+    """The first prompts with an answer that no policy has drawn, for a first call."""
+    numbers = range(min(2, len(prompts)))
+    state = {"global_step": 0, "max_steps": 0, "epoch": 0.0, "num_train_epochs": 0.0}
+    return rewarded(prompts, numbers, [[0]] * len(numbers), ["The answer is 0."] * len(numbers), state)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`scores` [N, F] float64, NaN where a reward has nothing to say; columns and metrics that functions logged."""
+
+    labels: tuple[str, ...]
+    scores: np.ndarray
+    extra: Mapping[str, list[Any]] = field(default_factory=dict)
+    logged: Mapping[str, list[float]] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> Metrics:
+        """TRL's metrics of each reward, and those that functions logged."""
+        found: Metrics = {}
+        for name, column in zip(self.labels, self.scores.T, strict=True):
+            there = column[~np.isnan(column)]
+            if len(there):
+                found[f"rewards/{name}/mean"] = Mean(float(there.mean()), 1.0)
+                found[f"rewards/{name}/std"] = Mean(float(there.std(ddof=1)) if len(there) > 1 else 0.0, 1.0)
+        if self.failures:
+            found["rewards/failures"] = Mean(float(len(self.failures)), 1.0)
+        logged = {name: Mean(float(sum(values)), float(len(values))) for name, values in self.logged.items()}
+        return found | logged
+
+    def totals(self, weights: Sequence[float] | None) -> np.ndarray:
+        """[N] the weighted sums; those after the weights given count once."""
+        all_ = np.ones(self.scores.shape[1])
+        all_[: len(weights or ())] = weights or ()
+        return np.nansum(self.scores * all_, axis=1)
+
+    def picked(self, rows: Sequence[int]) -> Verdict:
+        """That on some of the completions; what was logged stays with those that are picked first."""
+        extra = {name: [column[row] for row in rows] for name, column in self.extra.items()}
+        return Verdict(self.labels, self.scores[list(rows)], extra, self.logged, self.failures)
+
+    def __add__(self, other: Verdict) -> Verdict:
+        count, more = len(self.scores), len(other.scores)
+        names = dict.fromkeys((*self.extra, *other.extra))
+        extra = {
+            name: [*self.extra.get(name, [None] * count), *other.extra.get(name, [None] * more)]
+            for name in names
+        }
+        both = dict.fromkeys((*self.logged, *other.logged))
+        logged = {name: [*self.logged.get(name, ()), *other.logged.get(name, ())] for name in both}
+        scores = np.concatenate([self.scores, other.scores])
+        return Verdict(self.labels, scores, extra, logged, self.failures + other.failures)
+
+
+class Judge:
+    """Functions, then models, then the punishment of completions that near `overlong` = (most tokens, the last of
+    them that cost). `close` it: functions have processes of their own."""
+
+    def __init__(
+        self,
+        functions: Rewards | None,
+        models: Sequence[Scorer] = (),
+        overlong: tuple[int, int] | None = None,
+    ):
+        self.functions, self.models, self.overlong = functions, models, overlong
+        named = [*(functions.labels if functions else ()), *(model.label for model in models)]
+        self.labels = (*named, *([OVERLONG] if overlong else ()))
+
+    def close(self) -> None:
+        """Ends the functions' processes."""
+        if self.functions:
+            self.functions.close()
+
+    def submit(self, batch: Batch) -> Callable[[], Verdict]:
+        """Sets the functions to work; the verdict is that of all, waited for."""
+        pending = self.functions.submit(batch) if self.functions and jax.process_index() == 0 else None
+        columns = [model(batch.prompts, batch.completions) for model in self.models]
+        found: list[Verdict] = []
+
+        def verdict() -> Verdict:
+            if not found:
+                found.append(self._verdict(pending, columns, batch))
+            return found[0]
+
+        return verdict
+
+    def _verdict(self, pending: Any, columns: Sequence[np.ndarray], batch: Batch) -> Verdict:
+        scores = list(columns)
+        extra, logged, failures = {}, {}, ()
+        if pending is not None:
+            scored = pending.result()
+            scores = [*scored.scores.T, *scores]
+            extra, logged, failures = scored.extra, scored.metrics, tuple(scored.failures)
+        elif self.functions:
+            scores = [np.zeros(len(batch.prompts)) for _ in self.functions.labels] + scores
+        if self.overlong:
+            scores.append(self._overlong(batch))
+        return Verdict(self.labels, _agreed(np.stack(scores, axis=1)), extra, logged, failures)
+
+    def _overlong(self, batch: Batch) -> np.ndarray:
+        from ntjax.losses.advantages import overlong_penalty
+
+        assert self.overlong
+        return np.asarray(
+            overlong_penalty(np.array([len(ids) for ids in batch.completion_ids]), *self.overlong)
+        )
+
+    def state(self) -> dict[str, Any] | None:
+        """What the functions remember, as JSON."""
+        return self.functions.state() if self.functions else None
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Functions go on from what they remembered."""
+        if self.functions:
+            self.functions.load_state(state)
+
+
+def _agreed(scores: np.ndarray) -> np.ndarray:
+    """The first process's scores on all of them: functions run there alone."""
+    if jax.process_count() == 1:
+        return scores
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(scores))
+
+
+def open_judge(job: Job, prompts: Prompts, mesh: Mesh, rows: int) -> Judge:
+    """What rewards a stage's completions; functions are tried out on two rows.
+
+    A reward is a function, a folder with a scoring model (run on `rows` completions at a time), or "stage:NAME":
+    what that stage of this run made.
+    """
+    config, stage = job.config, job.stage
+    assert isinstance(stage, RolloutConfig)
+    path = f"stages.{config.stages.index(stage)}"
+    functions, models = [], []
+    for name in stage.rewards:
+        folder = _model_folder(job, name, config.where(f"{path}.reward_model_path"))
+        if folder is None:
+            functions.append(name)
+            continue
+        how = {"dtype": config.compute_dtype(stage), "attention": config.attention}
+        models.append(Scorer(folder, mesh=mesh, rows=rows, **how))
+    rewards = None
+    if functions:
+        rewards = Rewards(
+            functions,
+            config.path.parent,
+            where=config.where(f"{path}.reward_function"),
+            timeout=stage.reward_timeout,
+            on_error=stage.reward_errors,
+            budget=stage.reward_error_budget,
+        )
+        if jax.process_index() == 0:
+            rewards.check(tryout(prompts))
+    cache = getattr(stage, "soft_punish_cache", None)
+    return Judge(rewards, models, (stage.completion_length, cache) if cache else None)
+
+
+def _model_folder(job: Job, name: str, where: str) -> Path | None:
+    """The model that a reward's name means; None where it names a function."""
+    if name.startswith("stage:"):
+        wanted = name.removeprefix("stage:")
+        for known in (wanted, f"{wanted}_stage"):
+            if known in job.results:
+                return job.results[known]
+        raise ConfigError(
+            f"{name}: there is no such stage before this one",
+            where=where,
+            fix=f"name one of {', '.join(job.results)}" if job.results else "add a reward stage before it",
+        )
+    config = job.config
+    if name == job.stage.reward_model_path:  # type: ignore[attr-defined]
+        return locate(name, cache_dir=config.model.cache_dir, folders=[config.path.parent])
+    folders = [config.path.parent / name, Path(name)]
+    return next((folder for folder in folders if (folder / "config.json").exists()), None)

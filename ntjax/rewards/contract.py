@@ -1,0 +1,176 @@
+"""What a reward function is given and what it may give back.
+
+    f(prompts: list[str], responses: list[str]) -> list[float]
+    f(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns) -> list[float | None]
+
+The second is TRL's: arguments by keyword, every other column of the data by its name. A function is told by the names
+of its parameters, and may be a coroutine, an object that can be called, or a class of such objects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ntjax import lookup
+from ntjax.errors import ConfigError, UserCodeError
+
+OWN, TRL = "responses", "completions"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Completions to be judged: text or messages, as their prompts are; `columns` of the data by name; `state` of
+    the run (global_step, max_steps, epoch, num_train_epochs)."""
+
+    prompts: list[Any]
+    completions: list[Any]
+    completion_ids: list[list[int]]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def first(self, count: int) -> Batch:
+        """The first rows of it."""
+        columns = {name: values[:count] for name, values in self.columns.items()}
+        lists = (self.prompts, self.completions, self.completion_ids)
+        return Batch(*(each[:count] for each in lists), columns, self.state)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reward a row, NaN where it abstains; what the function logged beside; or, in `wrong`, what it did wrong."""
+
+    scores: list[float] = field(default_factory=list)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    wrong: str = ""
+
+
+def find(name: str, folder: Path, where: str | None) -> Callable[..., Any]:
+    """The reward that `name` means: "module:function", "path/to/file.py:function", or one of `ready`, which may have
+    arguments: "length(1, 16)". Raises ConfigError where it isn't there or takes neither form's arguments."""
+    from ntjax.rewards import ready
+
+    found = (
+        lookup.function(name, folder, where) if ":" in name.split("(")[0] else ready.find(name, folder, where)
+    )
+    if inspect.isclass(found):
+        try:
+            found = found()
+        except Exception as error:
+            raise UserCodeError(f"{name}: {_blame(error)}", where=where) from None
+    names = inspect.signature(found).parameters
+    if not {OWN, TRL} & set(names) and not _open(names):
+        raise ConfigError(
+            f"{name} takes {', '.join(names) or 'nothing'}",
+            where=where,
+            fix="write f(prompts, responses), or f(prompts, completions, **kwargs) as for TRL",
+        )
+    return found
+
+
+def label(function: Any) -> str:
+    """A reward's name in logs, by TRL's rule: the function's, or the class's of an object without one."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def call(function: Callable[..., Any], batch: Batch, folder: Path) -> Answer:
+    """The function's answer on a batch; what it raises or gives back wrong is told, not raised."""
+    extra: dict[str, list[Any]] = {}
+    metrics: dict[str, list[float]] = {}
+    given = {
+        "prompts": batch.prompts,
+        "completions": batch.completions,
+        "completion_ids": batch.completion_ids,
+        "trainer_state": SimpleNamespace(**batch.state),
+        "log_extra": extra.__setitem__,
+        "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
+        **batch.columns,
+    }
+    names = inspect.signature(function).parameters
+    if OWN in names:
+        given |= {"prompts": [_text(p) for p in batch.prompts], OWN: [_text(c) for c in batch.completions]}
+    if not _open(names):
+        given = {name: value for name, value in given.items() if name in names}
+    elif OWN in names:
+        del given["completions"]
+    try:
+        back = function(**given)
+        if inspect.isawaitable(back):
+            back = asyncio.run(_awaited(back))
+        scores = _scores(back, len(batch.prompts))
+    except _WrongError as error:
+        return Answer(wrong=str(error))
+    except (Exception, SystemExit) as error:
+        return Answer(wrong=_blame(error))
+    short = {name: values for name, values in extra.items() if len(values) != len(scores)}
+    if short:
+        name, values = next(iter(short.items()))
+        return Answer(wrong=f"log_extra({name!r}) has {len(values)} values for {len(scores)} completions")
+    return Answer(scores, extra, metrics)
+
+
+class _WrongError(Exception):
+    """A function gave back what is no list of rewards."""
+
+
+def _scores(back: Any, count: int) -> list[float]:
+    allowed = f"allowed is a list of {count} numbers, None where it abstains"
+    if isinstance(back, str | bytes | Mapping) or not isinstance(back, Iterable):
+        raise _WrongError(f"it returned {_shown(back)}; {allowed}")
+    if getattr(back, "ndim", 1) == 0:
+        raise _WrongError(f"it returned a single number, {_shown(back)}; {allowed}")
+    values = list(back)
+    if len(values) != count:
+        raise _WrongError(f"it returned {len(values)} rewards for {count} completions; {allowed}")
+    return [_number(value, row, allowed) for row, value in enumerate(values)]
+
+
+def _number(value: Any, row: int, allowed: str) -> float:
+    if value is None:
+        return math.nan
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise _WrongError(f"row {row}: its reward is {_shown(value)}; {allowed}")
+    return number
+
+
+def _blame(error: BaseException) -> str:
+    """Type, message and the line of user code: the innermost that isn't ours or a library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = Path(__file__).parents[1]
+    theirs = [f for f in frames if own not in Path(f.filename).parents and "site-packages" not in f.filename]
+    last = (theirs or frames)[-1]
+    return f"it raised {type(error).__name__} at {last.filename}:{last.lineno}: {error}"
+
+
+def _open(names: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a function takes any keyword."""
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
+
+
+def _text(said: Any) -> str:
+    """The text of a prompt or a completion; of messages, that of the last."""
+    return said if isinstance(said, str) else str(said[-1]["content"])
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+async def _awaited(back: Any) -> Any:
+    return await back

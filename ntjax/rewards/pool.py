@@ -1,0 +1,248 @@
+"""Reward functions in processes of their own, each with a time limit that holds.
+
+A signal or a thread can't stop a function that hangs in C: its process is killed, with all that it started, and the
+next call has a new one. Calls run beside one another and beside the device.
+
+Axes: N completions, F functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntjax.errors import UserCodeError, UserError
+from ntjax.rewards.contract import Answer, Batch
+
+KEPT = 64  # pieces of 1 kB of what a function prints
+START = 120.0  # seconds for a process to import what its function needs
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`scores` [N, F] float64, NaN where a function abstained or failed; what functions logged; what went wrong."""
+
+    scores: np.ndarray
+    extra: dict[str, list[Any]]
+    metrics: dict[str, list[float]]
+    failures: list[str]
+
+
+class Worker:
+    """The process of one function; `saved` is what it goes on from when it has to be started anew."""
+
+    def __init__(self, name: str, folder: Path, where: str | None):
+        self.name, self.folder, self.where = name, folder, where
+        self.saved: Any = None
+        self.number = 0
+        self.printed: deque[bytes] = deque(maxlen=KEPT)
+        self.start()
+
+    def start(self) -> None:
+        """Starts the process, which finds the function; `label` waits for that."""
+        ours, theirs = os.pipe(), os.pipe()
+        code = f"import sys; sys.path[:] = {sys.path!r}; from ntjax.rewards.worker import main; "
+        code += f"main({ours[0]}, {theirs[1]}, {self.name!r}, {str(self.folder)!r}, {self.where!r})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(ours[0], theirs[1]),
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},  # the accelerator is the trainer's
+            start_new_session=True,
+        )
+        os.close(ours[0])
+        os.close(theirs[1])
+        self.requests = Connection(ours[1], readable=False)
+        self.answers = Connection(theirs[0], writable=False)
+        # Read all the time: a full pipe would stop a function that prints.
+        self.ear = threading.Thread(target=_listen, args=(self.process.stdout, self.printed), daemon=True)
+        self.ear.start()
+        self.found = False
+
+    def label(self) -> str:
+        """The function's name, once it is found; raises what finding it raised."""
+        answer = self._answer(0, START)
+        if isinstance(answer, Answer):
+            raise UserCodeError(f"{self.name}: {answer.wrong}", where=self.where)
+        if isinstance(answer, UserError):
+            raise answer
+        self.found = True
+        return answer
+
+    def ask(self, kind: str, given: Any, timeout: float) -> Any:
+        """The function's answer; an `Answer` that says what went wrong where there is none in time."""
+        if self.process.poll() is not None:
+            self.start()
+        if not self.found:
+            self.label()
+            if self.saved is not None:
+                self.ask("load", self.saved, timeout)
+        self.number += 1
+        try:
+            self.requests.send((self.number, kind, given))
+        except OSError:
+            return self._ended()
+        return self._answer(self.number, timeout)
+
+    def kill(self) -> None:
+        """Ends the process and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.ear.join(1)
+        self.requests.close()
+        self.answers.close()
+
+    def _answer(self, number: int, timeout: float) -> Any:
+        try:
+            if not self.answers.poll(timeout):
+                self.kill()
+                return Answer(wrong=f"it took longer than {timeout:g} s")
+            told, answer = self.answers.recv()
+        except (EOFError, OSError):
+            return self._ended()
+        assert told == number, f"an answer to call {told}, not {number}"
+        return answer
+
+    def _ended(self) -> Answer:
+        self.kill()
+        code = self.process.returncode
+        how = f"exit code {code}" if code >= 0 else f"{signal.Signals(-code).name}"
+        last = b"".join(self.printed).decode(errors="replace").strip().splitlines()[-3:]
+        said = f"; it printed last: {' | '.join(last)}" if last else ""
+        return Answer(wrong=f"its process ended with {how}{said}")
+
+
+class Pending:
+    """A batch that functions are at work on."""
+
+    def __init__(self, rewards: Rewards, batch: Batch, futures: Sequence[Future[Any]]):
+        self._rewards, self._batch, self._futures = rewards, batch, futures
+
+    def result(self) -> Scored:
+        """Waits for all. Raises UserCodeError for what a function did wrong, as `on_error` and the budget say."""
+        answers = [future.result() for future in self._futures]
+        return self._rewards.scored(answers, len(self._batch.prompts))
+
+
+class Rewards:
+    """Reward functions by name (see `contract.find`), seen from a config in `folder`. `close` them in the end.
+
+    A call has `timeout` seconds. One that hangs counts for nothing: its rows are NaN. What a function raises or gives
+    back wrong ends the run, or with `on_error` "mask" counts for nothing as well. More than `budget` such calls
+    end the run in any case.
+
+    Raises ConfigError or UserCodeError where a function can't be found, at `where`.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        *,
+        where: str | None = None,
+        timeout: float = 60.0,
+        on_error: str = "raise",
+        budget: int = 10,
+    ):
+        self.where, self.timeout, self.on_error, self.budget = where, timeout, on_error, budget
+        self.failed = 0
+        self.workers = [Worker(name, folder, where) for name in names]
+        self.threads = ThreadPoolExecutor(max_workers=len(names), thread_name_prefix="reward")
+        try:
+            self.labels = [worker.label() for worker in self.workers]
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self, batch: Batch) -> None:
+        """Calls every function on the first rows of a batch; raises UserCodeError for what goes wrong.
+
+        A function that remembers (`state_dict`, `load_state_dict`) forgets this call.
+        """
+        for label, answer in zip(self.labels, self._ask("check", batch), strict=True):
+            if answer.wrong:
+                self.close()
+                raise UserCodeError(
+                    f"reward {label}, tried out on two rows: {answer.wrong}", where=self.where
+                )
+
+    def submit(self, batch: Batch) -> Pending:
+        """Sets all functions to work on a batch, each on the whole of it."""
+        futures = [self.threads.submit(worker.ask, "call", batch, self.timeout) for worker in self.workers]
+        return Pending(self, batch, futures)
+
+    def scored(self, answers: Sequence[Answer], count: int) -> Scored:
+        """Answers as arrays, or the error they are."""
+        columns, extra, metrics, failures = [], {}, {}, []
+        for label, answer in zip(self.labels, answers, strict=True):
+            columns.append(answer.scores if not answer.wrong else [np.nan] * count)
+            extra |= answer.extra
+            for name, values in answer.metrics.items():
+                metrics.setdefault(name, []).extend(values)
+            if answer.wrong:
+                failures.append(f"reward {label}: {answer.wrong}")
+        self._count(failures)
+        return Scored(np.array(columns, np.float64).T, extra, metrics, failures)
+
+    def _count(self, failures: Sequence[str]) -> None:
+        for failure in failures:
+            self.failed += 1
+            late = "it took longer than" in failure
+            if (self.on_error == "raise" and not late) or self.failed > self.budget:
+                self.close()
+                often = f" (call {self.failed} that failed; {self.budget} may)" if self.failed > 1 else ""
+                raise UserCodeError(
+                    f"{failure}{often}",
+                    where=self.where,
+                    fix='mend the function; reward_errors = "mask" passes over what it can\'t judge, '
+                    "reward_timeout gives it more time",
+                )
+            log.warning("warning: %s; its rows count for nothing", failure)
+
+    def state(self) -> dict[str, Any]:
+        """What the functions remember, by name: plain JSON."""
+        for worker, told in zip(self.workers, self._ask("state", None), strict=True):
+            worker.saved = None if isinstance(told, Answer) else told
+        return {worker.name: worker.saved for worker in self.workers if worker.saved is not None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Functions go on from what they remembered."""
+        for worker in self.workers:
+            if worker.name in state:
+                worker.saved = state[worker.name]
+                worker.ask("load", worker.saved, self.timeout)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for worker in self.workers:
+            worker.kill()
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, kind: str, given: Any) -> list[Any]:
+        futures = [self.threads.submit(worker.ask, kind, given, self.timeout) for worker in self.workers]
+        return [future.result() for future in futures]
+
+
+def _listen(stream: Any, printed: deque[bytes]) -> None:
+    """Keeps the end of what a process prints."""
+    with stream:
+        while piece := stream.read1(1024):
+            printed.append(piece)

@@ -1,0 +1,399 @@
+"""Completions drawn from the policy as it is, judged, and fed to the steps that learn from them.
+
+A window of completions is drawn at once, and trained on for one or more steps. What is left of it is part of the
+position in the data, so a run that is broken off within a window goes on with the very same completions.
+
+Axes: N completions of a window, T time of prompt and completion, C time of completions, F rewards.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ntjax.data.loader import rounded
+from ntjax.data.prompts import Prompt
+from ntjax.feed import Fed, Questions
+from ntjax.judge import Verdict, rewarded
+from ntjax.mesh import place_batch
+from ntjax.metrics import Mean, Metrics, append_lines
+from ntjax.params import Params
+from ntjax.prepare import Setup
+from ntjax.sampler import Completion, Sampler
+from ntjax.stages.rollout import RolloutConfig
+from ntjax.step import Join
+
+COMPLETIONS = "completions.jsonl"
+SHOWN = 3  # completions that log_completions shows of a window
+log = logging.getLogger(__name__)
+
+
+class Weights(NamedTuple):
+    """The policy's as they are now, and the reference's."""
+
+    trainable: Params
+    frozen: Params
+    reference: Params | None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Completions of some prompts, `group` of each, and what will be said of them."""
+
+    numbers: list[int]  # the prompt of each completion
+    completions: list[Completion]
+    texts: list[str]
+    verdict: Callable[[], Verdict]
+
+    def picked(self, rows: Sequence[int], verdict: Verdict) -> Drawn:
+        """Some of the completions, with the verdict on all."""
+        return Drawn(
+            [self.numbers[row] for row in rows],
+            [self.completions[row] for row in rows],
+            [self.texts[row] for row in rows],
+            lambda: verdict.picked(rows),
+        )
+
+    def __add__(self, other: Drawn) -> Drawn:
+        return Drawn(
+            self.numbers + other.numbers,
+            self.completions + other.completions,
+            self.texts + other.texts,
+            lambda: self.verdict() + other.verdict(),
+        )
+
+
+class Rollouts:
+    """The feed of a stage that draws its own completions from the policy, which `weights()` gives as it is."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        join: Join,
+        reference_scores: Callable[[Params, Any], Any] | None,
+        weights: Callable[[], Weights],
+    ):
+        assert isinstance(setup.job.stage, RolloutConfig)
+        assert isinstance(setup.train, Questions)
+        assert setup.judge is not None
+        self.stage, self.questions, self.judge = setup.job.stage, setup.train, setup.judge
+        self.held_out = setup.evaluation if isinstance(setup.evaluation, Questions) else None
+        self.setup, self.weights, self.join = setup, weights, join
+        self.shape = self.questions.geometry
+        self.reference_scores = reference_scores
+        self.policy_scores = _over_microbatches(self.stage.policy_scores(setup.model), join)
+        self.sampler = self._sampler()
+        self.ended: float | None = None  # when the last window was complete
+        self.trained_tokens = 0  # fed since then
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.questions.steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the prompts."""
+        return self.questions.steps_per_epoch
+
+    @contextmanager
+    def open(self, start: int = 0, position: dict[str, Any] | None = None) -> Iterator[Iterator[Fed]]:
+        """The steps from `start` on. Each is drawn when it is asked for, from the weights of that moment."""
+        yield self._feed(start, position or {"asked": 0, "window": 0, "state": {}, "rewards": None})
+
+    def _feed(self, start: int, position: dict[str, Any]) -> Iterator[Fed]:
+        at = dict(position)
+        arrays, used = _unpacked(at.pop("left", None)), at.pop("used", self.shape.steps)
+        if at["rewards"] is not None:
+            self.judge.load_state(at["rewards"])
+        for step in range(start, self.steps):
+            metrics: Metrics = {}
+            if used == self.shape.steps:
+                arrays, metrics, at = self._window(at, step)
+                used, packed = 0, _packed(arrays) if self.shape.steps > 1 else None
+            rows = self.questions.order(at["window"] - 1)[used]
+            used += 1
+            batch = {name: array[rows] for name, array in arrays.items()}
+            left = {"left": packed, "used": used} if used < self.shape.steps else {}
+            tokens = int((batch["segments"] > 0).sum())
+            self.trained_tokens += tokens
+            epoch = (step + 1) / self.steps_per_epoch
+            yield Fed(_own_rows(batch), tokens, epoch, at | left, metrics)
+
+    def _window(self, at: Mapping[str, Any], step: int) -> tuple[dict[str, np.ndarray], Metrics, dict]:
+        """The arrays [N, ...] of the next window, what is to be logged of it, and the position after it."""
+        policy = self.weights()
+        jax.block_until_ready(policy.trainable)
+        began = time.perf_counter()
+        speed: Metrics = {}
+        if self.ended is not None:
+            speed["trainer/tokens_per_second"] = Mean(self.trained_tokens, began - self.ended)
+        params = self.join(policy.frozen, policy.trainable, None)
+        wanted = self.shape.completions // self.shape.group
+        drawn, asked = self._draw(params, at["asked"], wanted, step), at["asked"] + wanted
+        if getattr(self.stage, "dynamic_sample", False):
+            drawn, asked, resampled = self._refilled(drawn, params, asked, step)
+            speed |= resampled
+        count = sum(len(completion.tokens) for completion in drawn.completions)
+        speed["sampler/tokens_per_second"] = Mean(count, time.perf_counter() - began)
+        arrays = self._arrays(drawn)
+        arrays |= self._scores(arrays, policy)  # the devices work while the rewards are computed
+        verdict = drawn.verdict()
+        judged = self.stage.judged(arrays, verdict.scores, at["state"])
+        lengths = self._lengths(drawn.completions)
+        metrics = verdict.metrics | judged.metrics | lengths | speed | _difference(arrays)
+        self._record(drawn, verdict, judged, step + 1)
+        arrays |= judged.arrays
+        if "old_logps" in arrays:
+            del arrays["sampler_logps"]  # the loss compares only where there is nothing better
+        arrays = {name: array for name, array in arrays.items() if name not in ("stopped", "lengths")}
+        after = {
+            "asked": asked,
+            "window": at["window"] + 1,
+            "state": judged.state,
+            "rewards": self.judge.state(),
+        }
+        self.ended, self.trained_tokens = time.perf_counter(), 0
+        return arrays, metrics, after
+
+    def _draw(self, params: Params, asked: int, groups: int, step: int) -> Drawn:
+        """A group of completions of each of the next prompts; the rewards are set to work on them."""
+        numbers = [self.questions.number(asked + i) for i in range(groups)]
+        return self._drawn(self.sampler, params, self.questions, numbers, self.shape.group, asked, step)
+
+    def _drawn(
+        self,
+        sampler: Sampler,
+        params: Params,
+        questions: Questions,
+        numbers: Sequence[int],
+        group: int,
+        asked: int,
+        step: int,
+    ) -> Drawn:
+        prompts = [questions.prompts.kept[number] for number in numbers]
+        drawing = {"group": group, "seed": questions.seed, "first_row": asked * group}
+        completions = sampler(params, prompts, **drawing)
+        decode = self.setup.tokenizer.decode
+        texts = [decode(completion.tokens, skip_special_tokens=True) for completion in completions]
+        each = [number for number in numbers for _ in range(group)]
+        epoch = step / self.steps_per_epoch
+        state = {"global_step": step, "max_steps": self.steps, "epoch": epoch}
+        state["num_train_epochs"] = self.stage.num_train_epochs
+        ids = [completion.tokens for completion in completions]
+        batch = rewarded(questions.prompts, each, ids, texts, state)
+        return Drawn(each, completions, texts, self.judge.submit(batch))
+
+    def _refilled(self, drawn: Drawn, params: Params, asked: int, step: int) -> tuple[Drawn, int, Metrics]:
+        """Groups whose rewards are all the same replaced by those of further prompts (arXiv:2503.14476, eq. 11).
+
+        After `max_resample_times` rounds, what is still missing is made up of the groups that were to be replaced.
+        """
+        group, wanted = self.shape.group, self.shape.completions
+        kept: Drawn | None = None
+        spare: Drawn | None = None
+        for round_ in range(self.stage.max_resample_times + 1):  # type: ignore[attr-defined]
+            verdict = drawn.verdict()
+            rewards = verdict.totals(self.stage.reward_weights).reshape(-1, group)
+            varied = rewards.max(axis=1) > rewards.min(axis=1)
+            rows = np.arange(rewards.size).reshape(-1, group)
+            useful, useless = (
+                drawn.picked(rows[which].ravel().tolist(), verdict) for which in (varied, ~varied)
+            )
+            kept = useful if kept is None else kept + useful
+            spare = useless if spare is None else spare + useless
+            missing = (wanted - len(kept.numbers)) // group
+            if not missing or round_ == self.stage.max_resample_times:  # type: ignore[attr-defined]
+                break
+            drawn, asked = self._draw(params, asked, missing, step), asked + missing
+        assert kept is not None
+        assert spare is not None
+        dropped = len(spare.numbers) // group - missing
+        if missing:
+            kept = kept + spare.picked(range(missing * group), spare.verdict())
+        return kept, asked, {"sampler/groups_resampled": Mean(float(dropped), 1.0)}
+
+    def _arrays(self, drawn: Drawn) -> dict[str, np.ndarray]:
+        """Prompts and completions as the model reads them, in rows whose lengths are few over a run."""
+        kept = self.questions.prompts
+        prompts = [kept.kept[number] for number in drawn.numbers]
+        return window_arrays(
+            prompts,
+            drawn.completions,
+            rounded(max(len(prompt.tokens) for prompt in prompts), int(kept.lengths.max())),
+            rounded(max(len(c.tokens) for c in drawn.completions), self.stage.completion_length),
+            self.questions.pad_id,
+        )
+
+    def _scores(self, arrays: Mapping[str, np.ndarray], policy: Weights) -> dict[str, np.ndarray]:
+        """What the policy and the reference say of the window, as the stage asks: [N, C] each."""
+        if self.policy_scores is None and self.reference_scores is None:
+            return {}
+        shape = (-1, self.shape.rows)
+        rows = {
+            name: array.reshape(*shape, *array.shape[1:])
+            for name, array in arrays.items()
+            if name not in ("stopped", "lengths", "sampler_logps")
+        }
+        placed = place_batch(_own_rows(rows), self.setup.mesh)
+        found: dict[str, Any] = {}
+        if self.policy_scores is not None:
+            found |= self.policy_scores(policy.trainable, policy.frozen, placed)
+        if self.reference_scores is not None:
+            assert policy.reference is not None
+            found |= self.reference_scores(policy.reference, placed)
+        mask = arrays["mask"]
+        return {name: _everyone(array).reshape(mask.shape) * mask for name, array in found.items()}
+
+    def evaluate(self) -> Metrics:
+        """Rewards and lengths of completions of the held-out prompts, from the weights as they are."""
+        assert self.held_out is not None
+        policy = self.weights()
+        params = self.join(policy.frozen, policy.trainable, None)
+        group = getattr(self.stage, "num_generations_eval", None) or self.shape.group
+        sampler = self._sampler(evaluating=True)
+        numbers = list(range(len(self.held_out.prompts)))
+        drawn = self._drawn(sampler, params, self.held_out, numbers, group, 0, 0)
+        verdict = drawn.verdict()
+        totals = verdict.totals(self.stage.reward_weights)
+        reward = {"reward": Mean(float(np.nansum(totals)), float((~np.isnan(totals)).sum()))}
+        return verdict.metrics | reward | self._lengths(drawn.completions)
+
+    def _sampler(self, *, evaluating: bool = False) -> Sampler:
+        setup = self.setup
+        sampling = self.stage.sampling(setup.stop_ids, evaluating=evaluating)
+        slots = self.stage.sampler_slots * setup.mesh.size
+        return Sampler(setup.model, sampling, slots=slots, mesh=setup.mesh, tokenizer=setup.tokenizer)
+
+    def _lengths(self, completions: Sequence[Completion]) -> Metrics:
+        """TRL's metrics of lengths, in tokens."""
+        lengths = np.array([len(completion.tokens) for completion in completions])
+        stopped = np.array([completion.finished == "stop" for completion in completions])
+        ended = lengths[stopped] if stopped.any() else np.zeros(1)
+        one: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
+        named = {f"completions/{name}_length": f(lengths) for name, f in one.items()}
+        named |= {f"completions/{name}_terminated_length": f(ended) for name, f in one.items()}
+        named["completions/clipped_ratio"] = 1 - stopped.mean()
+        return {name: Mean(float(value), 1.0) for name, value in named.items()}
+
+    def _record(self, drawn: Drawn, verdict: Verdict, judged: Any, step: int) -> None:
+        """The window's lines of completions.jsonl; some of them are shown, where that is asked for."""
+        if jax.process_index() != 0:
+            return
+        lines = []
+        for row, number in enumerate(drawn.numbers):
+            scores = dict(zip(self.judge.labels, verdict.scores[row].tolist(), strict=True))
+            lines.append(
+                {
+                    "step": step,
+                    "prompt": self.questions.prompts.kept[number].said,
+                    "completion": drawn.texts[row],
+                    "rewards": {name: None if score != score else score for name, score in scores.items()},
+                    "reward": _number(judged.rewards[row]),
+                    "advantage": _number(judged.advantages[row]),
+                    "tokens": len(drawn.completions[row].tokens),
+                    "finished": drawn.completions[row].finished,
+                    **({"extra": {k: v[row] for k, v in verdict.extra.items()}} if verdict.extra else {}),
+                }
+            )
+        append_lines(self.setup.job.folder / COMPLETIONS, lines)
+        if self.stage.log_completions:
+            self._show(lines)
+
+    def _show(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        every = self.shape.group if self.stage.log_unique_prompts else 1
+        for line in lines[::every][: self.stage.num_completions_to_print or SHOWN]:
+            shown = {name: line[name] for name in ("prompt", "completion", "reward", "advantage")}
+            log.info("%s", json.dumps(shown, ensure_ascii=False, default=str))
+
+
+def window_arrays(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], prompt_time: int, time_: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    """`tokens`, `segments`, `positions` [N, prompt_time + time_] with each prompt's completion right after it, and
+    `start` [N]; `mask`, `sampler_logps` [N, time_] of completions; `stopped`, `lengths` [N]."""
+    count, length = len(prompts), prompt_time + time_
+    arrays = {
+        "tokens": np.full((count, length), pad_id, np.int32),
+        "segments": np.zeros((count, length), np.int32),
+        "positions": np.zeros((count, length), np.int32),
+        "start": np.zeros(count, np.int32),
+        "mask": np.zeros((count, time_), np.bool_),
+        "sampler_logps": np.zeros((count, time_), np.float32),
+        "stopped": np.array([completion.finished == "stop" for completion in completions]),
+        "lengths": np.array([len(completion.tokens) for completion in completions]),
+    }
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        start, new = len(prompt.tokens), len(completion.tokens)
+        arrays["tokens"][row, : start + new] = [*prompt.tokens, *completion.tokens]
+        arrays["segments"][row, : start + new] = 1
+        arrays["positions"][row, : start + new] = np.arange(start + new)
+        arrays["start"][row] = start
+        arrays["mask"][row, :new] = True
+        arrays["sampler_logps"][row, :new] = completion.logprobs
+    return arrays
+
+
+def _difference(arrays: Mapping[str, np.ndarray]) -> Metrics:
+    """How far the trainer's log-probs are from the sampler's, where both are known before a step."""
+    if "old_logps" not in arrays:
+        return {}
+    gap, mask = np.abs(arrays["old_logps"] - arrays["sampler_logps"]), arrays["mask"]
+    return {
+        "sampler/logprob_diff": Mean(float((gap * mask).sum()), float(mask.sum())),
+        "sampler/logprob_diff_max": Mean(float((gap * mask).max()), 1.0),
+    }
+
+
+def _over_microbatches(score: Callable[[Params, Any], Any] | None, join: Join) -> Any:
+    """(trainable, frozen, microbatches) -> what `score` says of each; compiled."""
+    if score is None:
+        return None
+
+    def scored(trainable: Params, frozen: Params, batch: Any) -> Any:
+        params = join(frozen, trainable, None)
+        return jax.lax.map(lambda micro: score(params, micro), batch)
+
+    return jax.jit(scored)
+
+
+def _own_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """This process's rows of arrays [microbatches, rows, ...]."""
+    index, count = jax.process_index(), jax.process_count()
+    return {name: np.split(array, count, axis=1)[index] for name, array in batch.items()}
+
+
+def _everyone(array: jax.Array) -> np.ndarray:
+    """The whole of an array [microbatches, rows, ...] whose rows are split over processes."""
+    from jax.experimental import multihost_utils
+
+    whole = multihost_utils.process_allgather(array, tiled=True) if jax.process_count() > 1 else array
+    return np.asarray(whole)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _packed(arrays: Mapping[str, np.ndarray]) -> str:
+    """Arrays as text, for a checkpoint's JSON."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _unpacked(packed: str | None) -> dict[str, np.ndarray]:
+    if packed is None:
+        return {}
+    with np.load(io.BytesIO(base64.b64decode(packed))) as arrays:
+        return dict(arrays)
