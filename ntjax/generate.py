@@ -12,7 +12,7 @@ from typing import Any
 from ntjax import errors
 from ntjax.errors import BadData, ConfigError, InputMissing
 
-BATCH = 8  # prompts of a file that are decoded together
+BATCH, SLOTS = 64, 8  # prompts of a file that are taken at once, completions that are decoded together
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,6 +35,14 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends a completion"
+    )
+    parser.add_argument(
+        "--num-completions", type=int, default=1, metavar="N", help="completions of each prompt"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument(
@@ -42,23 +50,27 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    counted = min(args.max_new_tokens, args.num_completions) >= 1 and args.top_k >= 0
+    if not (counted and args.temperature >= 0 and 0 < args.top_p <= 1 and 0 <= args.min_p <= 1) or (
+        args.repetition_penalty <= 0
+    ):
         raise ConfigError(
-            f"can't draw {args.max_new_tokens} tokens at temperature {args.temperature}, top-k {args.top_k}, "
-            f"top-p {args.top_p}",
+            f"can't draw {args.max_new_tokens} tokens {args.num_completions} times at temperature "
+            f"{args.temperature}, top-k {args.top_k}, top-p {args.top_p}, min-p {args.min_p}, "
+            f"repetition-penalty {args.repetition_penalty}",
             where="command line",
-            fix="at least one token; temperature and top-k from 0; top-p above 0, at most 1",
+            fix="at least one token; temperature and top-k from 0; top-p above 0, at most 1; min-p from 0 to 1",
         )
-    sampler = Sampler(args)
+    speaker = Speaker(args)
     if args.chat:
-        sampler.chat()
+        speaker.chat()
         return
     prompts = [args.prompt] if args.prompt is not None else list(_read_prompts(Path(args.prompts)))
     for start in range(0, len(prompts), BATCH):
-        sampler.answer(prompts[start : start + BATCH], start)
+        speaker.answer(prompts[start : start + BATCH], start)
 
 
-class Sampler:
+class Speaker:
     """A loaded model and how to draw from it."""
 
     def __init__(self, args: argparse.Namespace):
@@ -68,9 +80,9 @@ class Sampler:
         from ntjax.hf.folder import load_params
         from ntjax.hf.hub import locate
         from ntjax.hf.peft import load_adapter
-        from ntjax.hf.tokenizer import load_tokenizer
+        from ntjax.hf.tokenizer import load_tokenizer, stop_ids
         from ntjax.models import build
-        from ntjax.sampler import Sampling
+        from ntjax.sampler import Sampler, Sampling
 
         folder = locate(args.model)
         self.args = args
@@ -81,20 +93,30 @@ class Sampler:
         if args.adapter:
             plan, adapter = load_adapter(locate(args.adapter), self.model.specs)
             self.params = plan.join(self.params, adapter)
-        self.stop_ids = stop_ids(folder, self.tokenizer)
-        self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+        sampling = Sampling(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            stop_ids=tuple(stop_ids(folder, self.tokenizer)),
+            stop_strings=tuple(args.stop),
+        )
+        self.sampler = Sampler(self.model, sampling, slots=SLOTS, tokenizer=self.tokenizer)
 
     def complete(self, prompts: Sequence[Any], first_row: int = 0) -> list[Any]:
         """Completions of prompts, each text or messages, the first of them row `first_row` of a file."""
-        from ntjax.sampler import generate
+        from ntjax.data.prompts import Prompt
 
-        ids = [self._tokens(prompt) for prompt in prompts]
-        drawn = {"stop_ids": self.stop_ids, "seed": self.args.seed, "first_row": first_row}
-        return generate(self.model, self.params, ids, self.sampling, **drawn)
+        group = self.args.num_completions
+        drawing = {"group": group, "seed": self.args.seed, "first_row": first_row * group}
+        return self.sampler(self.params, [Prompt(self._tokens(prompt)) for prompt in prompts], **drawing)
 
     def answer(self, prompts: Sequence[Any], first_row: int) -> None:
         """Prints the completion of each prompt."""
-        for prompt, completion in zip(prompts, self.complete(prompts, first_row), strict=True):
+        each = [prompt for prompt in prompts for _ in range(self.args.num_completions)]
+        for prompt, completion in zip(each, self.complete(prompts, first_row), strict=True):
             text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
             if self.args.json:
                 row = {"prompt": prompt, "completion": text, **vars(completion)}
@@ -128,14 +150,6 @@ class Sampler:
                 return ids
             prompt = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-
-
-def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Tokens that end a completion: the tokenizer's and generation_config.json's ends of sequence."""
-    path = folder / "generation_config.json"
-    named = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    ids = named if isinstance(named, list) else [named]
-    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
 def _read_prompts(path: Path) -> Iterator[Any]:

@@ -186,8 +186,8 @@ def open_judge(job: Job, prompts: Prompts, mesh: Mesh, rows: int) -> Judge:
         if folder is None:
             functions.append(name)
             continue
-        how = {"dtype": config.compute_dtype(stage), "attention": config.attention}
-        models.append(Scorer(folder, mesh=mesh, rows=rows, **how))
+        dtype = config.compute_dtype(stage)
+        models.append(Scorer(folder, mesh=mesh, rows=rows, dtype=dtype, attention=config.attention))
     rewards = None
     if functions:
         rewards = Rewards(

@@ -113,7 +113,8 @@ class Rollouts:
 
     def _feed(self, start: int, position: dict[str, Any]) -> Iterator[Fed]:
         at = dict(position)
-        arrays, used = _unpacked(at.pop("left", None)), at.pop("used", self.shape.steps)
+        packed, used = at.pop("left", None), at.pop("used", self.shape.steps)
+        arrays = _unpacked(packed)
         if at["rewards"] is not None:
             self.judge.load_state(at["rewards"])
         for step in range(start, self.steps):
@@ -182,8 +183,8 @@ class Rollouts:
         step: int,
     ) -> Drawn:
         prompts = [questions.prompts.kept[number] for number in numbers]
-        drawing = {"group": group, "seed": questions.seed, "first_row": asked * group}
-        completions = sampler(params, prompts, **drawing)
+        seed, first = questions.seed, asked * group
+        completions = sampler(params, prompts, group=group, seed=seed, first_row=first)
         decode = self.setup.tokenizer.decode
         texts = [decode(completion.tokens, skip_special_tokens=True) for completion in completions]
         each = [number for number in numbers for _ in range(group)]

@@ -1,144 +1,333 @@
-"""Sampling from the trainer's own weights: one prefill and one compiled decode loop over a static cache.
+"""Sampling from the trainer's own weights: compiled prefill and decoding over one static cache.
 
-Axes: B rows, T prompt time, N new tokens, V vocab.
+A slot holds a prompt and the rows that go on from it, which share its keys and values. Slots decode together, some
+tokens at a time; the host then looks who is done, hands out what is complete and fills the slots that are free with
+the next prompts, so nobody waits for the longest. A row's draws depend on the seed and its number alone.
+
+Axes: P slots, G rows of a slot, R = P * G, T prompt time, S columns of a row's cache, N prompts put in at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ntjax.models import Model
-from ntjax.ops.attention import Tokens
+from ntjax.draw import Sampling, draw
+from ntjax.models import Cache, Model
+from ntjax.ops.attention import Kept, Tokens
 from ntjax.params import Params
 from ntjax.weights import einsum
 
-BUCKET = 64  # prompt and completion lengths are rounded up to this, so that few programs are compiled
+__all__ = ["Completion", "Prompt", "Sampler", "Sampling"]
+
+BUCKET = 32  # prompt and completion lengths are rounded up to this times a power of two: few programs
+STEPS = 16  # tokens that are decoded before the host looks
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. Temperature 0 takes the likeliest; top_k 0 and top_p 1 keep all."""
+class Prompt(Protocol):
+    """What is gone on from."""
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Its ids, at least one."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """`tokens` drawn after a prompt, the stop token included, and `logprobs` of each under the model (before
-    temperature and truncation). `finished` is "stop" or "length"."""
+    """`tokens` drawn after a prompt, the one that stops it included, and `logprobs` of each under the softmax of the
+    logits over the temperature, before any penalty or cut. `finished` is "stop" or "length"."""
 
     tokens: list[int]
     logprobs: list[float]
     finished: str
 
 
-def generate(
-    model: Model,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    stop_ids: Sequence[int],
-    seed: int = 0,
-    first_row: int = 0,
-) -> list[Completion]:
-    """A completion of each prompt; a row's draw depends on its prompt, its number (from `first_row`) and the seed."""
-    ids, lengths = _left_padded(prompts)
-    new = _rounded(sampling.max_new_tokens)
-    decode = _compiled(model, new, sampling.temperature, sampling.top_k, sampling.top_p)
-    stops = jnp.asarray(sorted(stop_ids) or [-1])
-    rows = jnp.arange(first_row, first_row + len(prompts))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
-    tokens, logprobs = decode(params, ids, lengths, stops, jnp.asarray(sampling.max_new_tokens), keys)
-    return [
-        _completion(t[: sampling.max_new_tokens].tolist(), p.tolist(), set(stop_ids))
-        for t, p in zip(np.asarray(tokens), np.asarray(logprobs), strict=True)
-    ]
+@struct.dataclass
+class State:
+    """All slots: what decoding changes, and donates."""
+
+    cache: Cache
+    last: jax.Array  # [R, D] the hidden state that the next token is drawn from
+    position: jax.Array  # [R] of the next token
+    keys: jax.Array  # [R] of random numbers
+    count: jax.Array  # [R] tokens drawn
+    done: jax.Array  # [R] bool
+    tokens: jax.Array  # [R, S]
+    logprobs: jax.Array  # [R, S]
+    seen: jax.Array | None  # [R, V] bool, where tokens are penalised for it
 
 
-def _completion(tokens: list[int], logprobs: list[float], stop_ids: set[int]) -> Completion:
-    end = next((i + 1 for i, token in enumerate(tokens) if token in stop_ids), None)
-    kept = len(tokens) if end is None else end
-    return Completion(tokens[:kept], logprobs[:kept], "length" if end is None else "stop")
+class Told(NamedTuple):
+    """What the host looks at."""
+
+    length: Any
+    done: Any
+    tokens: Any
+    logprobs: Any
 
 
-def _rounded(length: int) -> int:
-    return -(-length // BUCKET) * BUCKET
+class Sampler:
+    """(weights, prompts) -> completions, by programs that are compiled once for a length of prompts.
+
+    `slots` rows decode at a time, split over the mesh's devices; a group of rows shares its prompt's cache.
+    A tokenizer is needed for stop strings.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        *,
+        slots: int = 64,
+        mesh: Mesh | None = None,
+        tokenizer: Any = None,
+    ):
+        assert tokenizer is not None or not sampling.stop_strings
+        self.model, self.sampling, self.slots = model, sampling, slots
+        self.mesh, self.tokenizer = mesh, tokenizer
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[Prompt],
+        *,
+        group: int = 1,
+        seed: int = 0,
+        first_row: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """`group` completions of each prompt, prompt by prompt, in rows numbered from `first_row`.
+
+        `progress` is told how many are complete.
+        """
+        devices = self.mesh.size if self.mesh else 1
+        slots = _doubled(min(max(self.slots // group, 1), len(prompts)), devices)
+        time = _doubled(max(len(prompt.tokens) for prompt in prompts), BUCKET)
+        columns = _doubled(self.sampling.max_new_tokens, BUCKET)
+        programs = _programs(self.model, self.sampling, slots, group, time, columns, self.mesh)
+        state = programs.empty(params)
+        waiting = iter(enumerate(prompts))
+        held: list[int | None] = [None] * slots  # the prompt in each slot
+        found: dict[int, list[Completion]] = {}
+        while len(found) < len(prompts):
+            free = [slot for slot, number in enumerate(held) if number is None]
+            taken = [(slot, *next_) for slot, next_ in zip(free, waiting, strict=False)]
+            if taken:
+                rows = [first_row + number * group for _, number, _ in taken]
+                state = programs.fill(params, state, *_padded(taken, rows, slots, time), seed)
+            held = _with(held, taken)
+            state, told = programs.decode(params, state)
+            read = Told(*jax.device_get(told))
+            state = self._stopped(state, read, held, group)
+            for slot, number in enumerate(held):
+                rows_ = slice(slot * group, (slot + 1) * group)
+                if number is not None and read.done[rows_].all():
+                    found[number] = [self._completion(read, row) for row in range(rows_.start, rows_.stop)]
+                    held[slot] = None
+            if progress is not None:
+                progress(len(found) * group)
+        return [completion for number in range(len(prompts)) for completion in found[number]]
+
+    def _stopped(self, state: State, read: Told, held: Sequence[int | None], group: int) -> State:
+        """Rows whose text has come to a stop string are done, on the device too."""
+        if not self.sampling.stop_strings:
+            return state
+        for row in range(len(held) * group):
+            if held[row // group] is None:
+                continue
+            end = self._end(read.tokens[row, : read.length[row]].tolist())
+            if end is not None:
+                read.done[row], read.length[row] = True, end
+        return state.replace(done=state.done | read.done)  # type: ignore[attr-defined]
+
+    def _end(self, tokens: list[int]) -> int | None:
+        """Tokens up to the one that completes the first stop string."""
+        strings = self.sampling.stop_strings
+        text = self.tokenizer.decode(tokens)
+        if not any(stop in text for stop in strings):
+            return None
+        lengths = range(1, len(tokens) + 1)
+        return next(n for n in lengths if any(stop in self.tokenizer.decode(tokens[:n]) for stop in strings))
+
+    def _completion(self, read: Told, row: int) -> Completion:
+        count = int(read.length[row])
+        tokens = read.tokens[row, :count].tolist()
+        stopped = bool(tokens) and tokens[-1] in self.sampling.stop_ids
+        if self.sampling.stop_strings and not stopped:
+            stopped = self._end(tokens) is not None
+        return Completion(tokens, read.logprobs[row, :count].tolist(), "stop" if stopped else "length")
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """ids [B, T] with the prompts at the right edge, and their lengths [B]."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    ids = np.zeros((len(prompts), _rounded(int(lengths.max()))), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[row.size - len(prompt) :] = prompt
-    return ids, lengths
+class Programs(NamedTuple):
+    """What is compiled for one shape of slots."""
+
+    empty: Callable[..., State]
+    fill: Callable[..., State]
+    decode: Callable[..., tuple[State, Any]]
 
 
 @lru_cache(maxsize=16)
-def _compiled(model: Model, new: int, temperature: float, top_k: int, top_p: float) -> Any:
-    """The program for one model, room for `new` tokens and one way of drawing."""
+def _programs(
+    model: Model, sampling: Sampling, slots: int, group: int, time: int, columns: int, mesh: Mesh | None
+) -> Programs:
+    rows = slots * group
 
-    def run(
-        params: Params,
-        ids: jax.Array,
-        lengths: jax.Array,
-        stops: jax.Array,
-        limit: jax.Array,
-        keys: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        batch, time = ids.shape
-        offsets = jnp.arange(time) - (time - lengths[:, None])
-        prompt = Tokens(jnp.maximum(offsets, 0), (offsets >= 0).astype(jnp.int32))
-        hidden, cache = model.hidden(params, ids, prompt, model.cache(batch, time + new))
-        head = model.head(params)
+    def placed(tree: Any, spec: PartitionSpec) -> Any:
+        if mesh is None:
+            return tree
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), tree)
 
-        def body(carry: tuple) -> tuple:
-            i, last, done, cache, tokens, logprobs = carry
-            logits = einsum("BTD,VD->BTV", last, head)[:, 0].astype(jnp.float32)
-            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-            token = jax.vmap(lambda key, row: draw(key, row, temperature, top_k, top_p))(step_keys, logits)
-            logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-            at = Tokens((lengths + i)[:, None], jnp.ones((batch, 1), jnp.int32))
-            hidden, cache = model.hidden(params, token[:, None], at, cache)
-            done = done | jnp.any(token[:, None] == stops, axis=-1)
-            return i + 1, hidden, done, cache, tokens.at[:, i].set(token), logprobs.at[:, i].set(logp)
+    def split(state: State) -> State:
+        """Slots and rows over the devices."""
+        whole, parted = PartitionSpec(), PartitionSpec("data")
+        cache = state.cache
+        at = placed(cache.at, whole)
+        cache, rest = cache.replace(at=None), state.replace(cache=None)  # type: ignore[attr-defined]
+        cache, rest = placed(cache, parted), placed(rest, parted)
+        return rest.replace(cache=cache.replace(at=at))
 
-        start = (
-            jnp.zeros((), jnp.int32),
-            hidden[:, -1:],
-            jnp.zeros(batch, bool),
-            cache,
-            jnp.zeros((batch, new), jnp.int32),
-            jnp.zeros((batch, new)),
+    def empty(params: Params) -> State:
+        seen = None
+        if sampling.repetition_penalty != 1:
+            seen = jnp.zeros((rows, model.config.vocab), bool)
+        return split(
+            State(
+                cache=model.cache(slots, time, rows, columns),
+                last=jnp.zeros((rows, model.config.embed), model.config.dtype),
+                position=jnp.zeros(rows, jnp.int32),
+                keys=jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)),
+                count=jnp.zeros(rows, jnp.int32),
+                done=jnp.ones(rows, bool),
+                tokens=jnp.zeros((rows, columns), jnp.int32),
+                logprobs=jnp.zeros((rows, columns)),
+                seen=seen,
+            )
         )
-        carry = jax.lax.while_loop(lambda c: (c[0] < limit) & ~jnp.all(c[2]), body, start)
-        return carry[4], carry[5]
 
-    return jax.jit(run)
+    @partial(jax.jit, donate_argnums=1)
+    def fill(
+        params: Params,
+        state: State,
+        ids: jax.Array,  # [N, T] padded on the right
+        lengths: jax.Array,  # [N]
+        into: jax.Array,  # [N] slots; one past the last for none
+        numbers: jax.Array,  # [N] of each prompt's first row
+        seed: jax.Array,
+    ) -> State:
+        places = jnp.broadcast_to(jnp.arange(time), ids.shape)
+        at = Tokens(places, (places < lengths[:, None]).astype(jnp.int32))
+        hidden, kept = model.prefill(params, ids, at)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        each = (into[:, None] * group + jnp.arange(group)).reshape(-1)  # rows of these slots
+        draws = (numbers[:, None] + jnp.arange(group)).reshape(-1)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
+
+        def put(old: jax.Array, where: jax.Array, new: Any) -> jax.Array:
+            return old.at[where].set(new, mode="drop")
+
+        def of_group(x: jax.Array) -> jax.Array:
+            return jnp.repeat(x, group, axis=0)
+
+        cache = state.cache
+        layers = tuple(
+            Kept(jax.tree.map(lambda old, new: put(old, into, new), old.prompt, new), old.own)
+            for old, new in zip(cache.layers, kept, strict=True)
+        )
+        cache = Cache(
+            layers,
+            jax.tree.map(lambda old, new: put(old, into, new), cache.prompts, at),
+            Tokens(cache.own.positions, put(cache.own.segments, each, 0)),
+            cache.at,
+        )
+        seen = state.seen
+        if seen is not None:
+            said = jnp.zeros((len(ids), model.config.vocab), bool)
+            said = said.at[jnp.arange(len(ids))[:, None], jnp.where(at.segments > 0, ids, ids[:, :1])].set(
+                True
+            )
+            seen = put(seen, each, of_group(said))
+        return split(
+            state.replace(  # type: ignore[attr-defined]
+                cache=cache,
+                last=put(state.last, each, of_group(last)),
+                position=put(state.position, each, of_group(lengths)),
+                keys=put(state.keys, each, keys),
+                count=put(state.count, each, 0),
+                done=put(state.done, each, False),
+                seen=seen,
+            )
+        )
+
+    @partial(jax.jit, donate_argnums=1)
+    def decode(params: Params, state: State) -> tuple[State, Any]:
+        head, layers = model.head(params), model.layers(params)
+        stops = jnp.asarray(sampling.stop_ids or (-1,))
+        numbers = jnp.arange(rows)
+
+        def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+            step, now = carry
+            logits = einsum("BTD,VD->BTV", now.last[:, None], head)[:, 0].astype(jnp.float32)
+            keys = jax.vmap(jax.random.fold_in)(now.keys, now.count)
+            token = draw(logits, jax.vmap(jax.random.uniform)(keys), sampling, now.seen)
+            live = ~now.done
+            column = jnp.where(live, now.count, columns)  # past the end: dropped
+            count = now.count + live
+            ended = jnp.any(token.ids[:, None] == stops, axis=-1) | (count >= sampling.max_new_tokens)
+            at = Tokens(now.position[:, None], live[:, None].astype(jnp.int32))
+            hidden, cache = model.decode(params, layers, token.ids[:, None], at, now.cache)
+            seen = now.seen
+            if seen is not None:
+                seen = seen.at[numbers, token.ids].set(True)
+            return step + 1, split(
+                State(
+                    cache=cache,
+                    last=hidden[:, 0],
+                    position=now.position + live,
+                    keys=now.keys,
+                    count=count,
+                    done=now.done | ended,
+                    tokens=now.tokens.at[numbers, column].set(token.ids, mode="drop"),
+                    logprobs=now.logprobs.at[numbers, column].set(token.logprobs, mode="drop"),
+                    seen=seen,
+                )
+            )
+
+        steps = jnp.zeros((), jnp.int32)
+        _, state = jax.lax.while_loop(lambda c: (c[0] < STEPS) & ~jnp.all(c[1].done), body, (steps, state))
+        told = Told(state.count, state.done, state.tokens, state.logprobs)
+        return state, placed(told, PartitionSpec())
+
+    return Programs(jax.jit(empty), fill, decode)
 
 
-def draw(key: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """One token id from logits [V]: divided by the temperature, then cut to the top k, then to the nucleus
-    (arXiv:1904.09751), as transformers orders its warpers."""
-    if temperature == 0:
-        return jnp.argmax(logits)
-    logits = logits / temperature
-    if top_k:
-        logits = jnp.where(logits < jax.lax.top_k(logits, min(top_k, logits.size))[0][-1], -jnp.inf, logits)
-    if top_p < 1:
-        descending = jnp.sort(logits, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(descending)) - jax.nn.softmax(descending)
-        least = jnp.min(jnp.where(before < top_p, descending, jnp.inf))
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits)
+def _padded(
+    part: Sequence[tuple[int, int, Prompt]], rows: Sequence[int], slots: int, time: int
+) -> tuple[np.ndarray, ...]:
+    """Arrays for `fill`, for a power of two of prompts, so that few programs are compiled."""
+    count = min(slots, _doubled(len(part), 1))
+    ids = np.zeros((count, time), np.int32)
+    lengths, into = np.ones(count, np.int32), np.full(count, slots, np.int32)
+    numbers = np.zeros(count, np.int32)
+    for place, (slot, _, prompt) in enumerate(part):
+        tokens = prompt.tokens
+        ids[place, : len(tokens)], lengths[place] = tokens, len(tokens)
+        into[place], numbers[place] = slot, rows[place]
+    return ids, lengths, into, numbers
+
+
+def _with(held: Sequence[int | None], taken: Sequence[tuple[int, int, Prompt]]) -> list[int | None]:
+    now = {slot: number for slot, number, _ in taken}
+    return [now.get(slot, number) for slot, number in enumerate(held)]
+
+
+def _doubled(length: int, bucket: int) -> int:
+    """`bucket` times the least power of two that holds `length`."""
+    return bucket << max(0, -(-length // bucket) - 1).bit_length()

@@ -298,7 +298,7 @@ def test_gradients_are_torchs(case: str, specs: Specs, models: Any) -> None:
         assert float(jnp.abs(expected[path]).max()) > 0.1
 
     def loss(adapter: Params, at: Tokens) -> jax.Array:
-        hidden, _ = model.hidden(plan.join(params, adapter), jnp.asarray(IDS), at)
+        hidden = model.hidden(plan.join(params, adapter), jnp.asarray(IDS), at)
         logits = einsum("BTD,VD->BTV", hidden, model.head(plan.join(params, adapter)))
         return jnp.sum(logits * weighting)
 

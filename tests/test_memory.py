@@ -105,7 +105,7 @@ def test_a_loss_on_whole_logits_would_be_seen() -> None:
     stage, model = sft.Options(stage_type="sft"), build(HF)
 
     def naive(params: Params, batch: Batch) -> Any:
-        hidden, _ = model.hidden(params, batch["tokens"], Tokens(batch["positions"], batch["segments"]))
+        hidden = model.hidden(params, batch["tokens"], Tokens(batch["positions"], batch["segments"]))
         logp = jax.nn.log_softmax(einsum("BTD,VD->BTV", hidden, model.head(params)))
         picked = jnp.take_along_axis(logp, batch["tokens"][..., None], axis=-1)[..., 0]
         return nll(TokenLogprobs(picked, picked, picked > 0, picked), batch["mask"])

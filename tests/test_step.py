@@ -40,7 +40,7 @@ def loss_of(model: Model) -> Loss:
     def loss(params: Params, batch: Batch) -> Metrics:
         ids = batch["ids"]
         at = Tokens(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), jnp.ones_like(ids))
-        hidden, _ = model.hidden(params, ids, at)
+        hidden = model.hidden(params, ids, at)
         scores = token_logprobs(hidden[:, :-1], model.head(params), ids[:, 1:])
         return nll(scores, batch["mask"][:, 1:])
 

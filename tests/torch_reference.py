@@ -76,7 +76,7 @@ def logits(model: Model, params: Params, ids: np.ndarray, at: Tokens) -> jax.Arr
 
 
 def _forward(model: Model, params: Params, ids: jax.Array, at: Tokens) -> jax.Array:
-    hidden, _ = model.hidden(params, ids, at)
+    hidden = model.hidden(params, ids, at)
     return einsum("BTD,VD->BTV", hidden, model.head(params))
 
 

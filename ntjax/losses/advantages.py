@@ -36,8 +36,8 @@ def group_advantages(
     unjudged = np.isnan(scores).all(axis=1)
     rewards = np.where(unjudged, np.nan, np.nansum(scores * weights, axis=1))
     if aggregation == "normalize_then_sum":
-        grouped = scores.reshape(-1, group, scores.shape[1])
-        normal = (grouped - _mean(grouped, 1)) / (_deviation(grouped, 1) + EPS)
+        each = scores.reshape(-1, group, scores.shape[1])
+        normal = (each - _mean(each, 1)) / (_deviation(each, 1) + EPS)
         summed = np.nansum(normal.reshape(scores.shape) * weights, axis=1)
         summed = np.where(unjudged, np.nan, summed)
         deviation = np.broadcast_to(_deviation(summed, 0), summed.shape)
@@ -51,9 +51,10 @@ def group_advantages(
         if scale != "none":
             advantages = advantages / (deviation + EPS)
     known = rewards[~unjudged]
+    several = len(known) > 1
     metrics = {
         "reward": Mean(float(known.sum()), float(len(known))),
-        "reward_std": Mean(float(known.std(ddof=1)) if len(known) > 1 else 0.0, float(len(known) > 0)),
+        "reward_std": Mean(float(known.std(ddof=1)) if several else 0.0, float(several)),
         "frac_reward_zero_std": Mean(float(np.isclose(deviation, 0).mean()), 1.0),
     }
     return Advantages(np.nan_to_num(advantages), rewards, metrics)
@@ -61,7 +62,7 @@ def group_advantages(
 
 def overlong_penalty(lengths: np.ndarray, most: int, cache: int) -> np.ndarray:
     """[N] 0 up to `most - cache` tokens, then falling to -1 at `most` (DAPO, arXiv:2503.14476, eq. 13)."""
-    return -np.clip((np.asarray(lengths) - (most - cache)) / cache, 0, 1)
+    return np.clip((most - cache - np.asarray(lengths)) / cache, -1, 0)
 
 
 def gae(
@@ -97,7 +98,10 @@ def _mean(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _deviation(x: np.ndarray, axis: int) -> np.ndarray:
-    """The standard deviation of what is known, with Bessel's correction; NaN where fewer than two are."""
+    """The standard deviation of what is known, with Bessel's correction; NaN where fewer than two are, but 0 along
+    an axis of one: a group of one has no spread."""
+    if x.shape[axis] == 1:
+        return np.zeros_like(_mean(x, axis))
     count = (~np.isnan(x)).sum(axis=axis, keepdims=True)
     squares = np.nansum(np.square(x - _mean(x, axis)), axis=axis, keepdims=True)
     return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), np.nan)

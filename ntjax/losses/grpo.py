@@ -6,6 +6,7 @@ Axes: B completions of a microbatch, C their time.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -61,8 +62,13 @@ def grpo_metrics(
     microbatches' totals over that of their weights: completions for grpo, sapo and luspo; 1 for bnpo, a mean over
     the microbatch's tokens; completions times `max_completion_length` for dr_grpo; tokens for dapo, cispo and
     vespo. There, `items` [B] are each completion's share of a window's tokens, where a window is several steps:
-    the same in all of them, as in TRL.
+    the same in all of them, as in TRL. A completion whose mask is all false is still counted where completions are.
     """
+    # Before any exp: what padding would get may be so unlikely that it overflows.
+    logp, ref_logps, sampler_logps, old_logps = (
+        None if each is None else jnp.where(mask, each, 0)
+        for each in (logp, ref_logps, sampler_logps, old_logps)
+    )
     mask = mask.astype(jnp.float32)
     advantage = advantages[:, None]
     old = jax.lax.stop_gradient(logp) if old_logps is None else old_logps
@@ -88,7 +94,7 @@ def grpo_metrics(
         metrics["kl"] = Mean((kl * mask).sum(), tokens)
     metrics["entropy"] = Mean((entropy * mask).sum(), tokens)
     if sampler_logps is not None:
-        gap = jnp.abs(logp - sampler_logps) * mask
+        gap = jnp.abs(logp - sampler_logps)
         metrics["sampler/logprob_diff"] = Mean(gap.sum(), tokens)
         metrics["sampler/logprob_diff_max"] = Mean(gap.max(), jnp.ones(()))
     share = tokens if items is None else items.sum()
@@ -121,13 +127,12 @@ def _policy_loss(
         ratio = jnp.minimum(ratio, settings.delta)
     low = (ratio < 1 - settings.epsilon) & (advantage < 0)
     high = (ratio > 1 + settings.high) & (advantage > 0)
-    one, some = jnp.ones(()), mask.any(axis=1)
     metrics = {
         "clip_ratio/low_mean": _mean(low, mask),
         "clip_ratio/high_mean": _mean(high, mask),
         "clip_ratio/region_mean": _mean(low | high, mask),
-        "clip_ratio/low_min": Mean(jnp.where(some, _each(low, mask), 1).min(), one),
-        "clip_ratio/high_max": Mean(jnp.where(some, _each(high, mask), 0).max(), one),
+        "clip_ratio/low_min": _extreme(low, mask, jnp.min, 1.0),
+        "clip_ratio/high_max": _extreme(high, mask, jnp.max, 0.0),
     }
     return -jnp.minimum(ratio * advantage, clipped * advantage), metrics
 
@@ -148,13 +153,13 @@ def _reduced(loss: jax.Array, mask: jax.Array, items: jax.Array, settings: Grpo)
 
 
 def _gamma_weight(log_ratio: jax.Array, mask: jax.Array, advantage: jax.Array, settings: Grpo) -> jax.Array:
-    """VESPO's weight of a sequence [B, 1]: e^l w^k e^(-l w) of its ratio w, 1 at w = 1."""
+    """VESPO's weight of a sequence [B, 1]: e^l w^k e^(-l w) of its ratio w, 1 at w = 1; 0 where that overflows."""
     log_w = (jnp.clip(log_ratio, -20, 20) * mask).sum(axis=1, keepdims=True)
     log_w = jnp.clip(log_w, math.log(1e-8), 20)
     good = advantage >= 0
     k = jnp.where(good, settings.vespo_k_pos, settings.vespo_k_neg)
     scale = jnp.maximum(jnp.where(good, settings.vespo_lambda_pos, settings.vespo_lambda_neg), 1e-4)
-    return jnp.exp(scale + k * log_w - scale * jnp.exp(log_w))
+    return jnp.nan_to_num(jnp.exp(scale + k * log_w - scale * jnp.exp(log_w)), posinf=0.0)
 
 
 def _uncertain(entropy: jax.Array, mask: jax.Array, quantile: float) -> jax.Array:
@@ -173,10 +178,14 @@ def _sequence_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return (x * mask).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
 
 
-def _each(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """The mean of each sequence [B]; of [B, 1] the value itself."""
+def _extreme(x: jax.Array, mask: jax.Array, of: Callable[..., jax.Array], none: float) -> Mean:
+    """The least or the greatest of the sequences' means; sequences without tokens have none, but of [B, 1] a value."""
     x = x.astype(jnp.float32)
-    return x[:, 0] if x.shape[1] == 1 else _sequence_mean(x, mask)
+    if x.shape[1] == 1:
+        return Mean(of(x), jnp.ones(()))
+    some = mask.any(axis=1)
+    extreme = of(jnp.where(some, _sequence_mean(x, mask), none))
+    return Mean(extreme * some.any(), some.any().astype(jnp.float32))
 
 
 def _mean(x: jax.Array, mask: jax.Array) -> Mean:

@@ -1,13 +1,18 @@
 """What every decoder-only language model shares: embed, a scan over stacked blocks, norm, head, cache.
 
+Decoding goes through the layers one by one instead: their caches are then written in place, and no layer's weights are
+sliced off the stack at every token.
+
 A family is one file beside this one with a `Block` and a `from_hf`. Modules are abstract: they declare weights and
 never hold them. `Model` binds a flat dict of arrays to the modules inside a pure function.
 
-Axes: B batch, T time, S cache slots, D embed, K key/value heads, h head_dim.
+Axes: B batch, T time, P prompts, R rows that go on from them, S columns of a row's own cache, D embed,
+K key/value heads, h head_dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from ntjax.ops.attention import Tokens
+from ntjax.ops.attention import Kept, Tokens
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.rope import Rope, rotations
 from ntjax.params import Params, Specs, weight
@@ -54,29 +59,33 @@ class DecoderConfig:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the tokens so far. All rows write slot `filled` next: prompts are padded on the left."""
+    """Keys and values of prompts, and of the tokens that rows wrote after them.
 
-    k: jax.Array  # [layers, B, S, K, h]
-    v: jax.Array  # [layers, B, S, K, h]
-    tokens: Tokens  # [B, S] each; segment 0 where nothing was written
-    filled: jax.Array  # [] int32
+    All rows write column `at` next, and after the last column the first: a row that has not written S tokens loses
+    none. A column whose segment is 0 isn't seen.
+    """
+
+    layers: tuple[Kept, ...]
+    prompts: Tokens  # [P, T] each
+    own: Tokens  # [R, S] each
+    at: jax.Array  # [] int32
 
 
 class Block(Protocol):
     """One layer: x [B, T, D] -> x, and what it wrote to its slice of the cache."""
 
-    def __call__(
-        self, x: jax.Array, context: Context, cache: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, Any]: ...
+    def __call__(self, x: jax.Array, context: Context, cache: Kept | None) -> tuple[jax.Array, Any]: ...
 
 
 class Context(struct.PyTreeNode):
-    """What all layers share: the angles of each token, where queries and keys stand, the cache slot to write."""
+    """What all layers share: each token's angles and place; whether keys and values are kept; and, with a cache, the
+    places of prompts and of what was written after them, and the column to write."""
 
     rotation: tuple[jax.Array, jax.Array]
-    queries: Tokens
-    keys: Tokens
-    slot: jax.Array | None = None
+    tokens: Tokens
+    keep: bool = struct.field(pytree_node=False, default=False)
+    before: tuple[Tokens, Tokens] | None = None
+    at: jax.Array | None = None
 
 
 class Decoder(nnx.Module):
@@ -93,27 +102,34 @@ class Decoder(nnx.Module):
         elif not config.tied:
             self.head = weight(sizes, "embed -> vocab", "lm_head.weight")
 
-    def __call__(self, ids: jax.Array, tokens: Tokens, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, ids: jax.Array, tokens: Tokens, keep: bool) -> tuple[jax.Array, Any]:
         config = self.config
         x = self.embed.get_value()[ids].astype(config.dtype)
-        slot = None
-        keys = tokens
-        if cache is not None:
-            slot = cache.filled
-            keys = jax.tree.map(
-                lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, slot)), cache.tokens, tokens
-            )
-        context = Context(rotations(config.rope, tokens), tokens, keys, slot)
+        context = Context(rotations(config.rope, tokens), tokens, keep)
         graph, layers = nnx.split(self.blocks)
 
-        def layer(x: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-            return nnx.merge(graph, scanned[0])(x, context, scanned[1])
+        def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+            return nnx.merge(graph, weights)(x, context, None)
 
         body = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
-        x, written = jax.lax.scan(body, x, (layers, None if cache is None else (cache.k, cache.v)))
-        if cache is not None:
-            k, v = written
-            cache = Cache(k, v, keys, cache.filled + ids.shape[1])
+        x, kept = jax.lax.scan(body, x, layers)
+        return rms_norm(x, self.norm.get_value(), config.eps), kept
+
+    def decode(
+        self, layers: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """The next token of every row: ids [R, 1] -> hidden states [R, 1, D]."""
+        config = self.config
+        x = self.embed.get_value()[ids].astype(config.dtype)
+        at = cache.at % cache.own.segments.shape[1]
+        own = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, at)), cache.own, tokens)
+        context = Context(rotations(config.rope, tokens), tokens, False, (cache.prompts, own), at)
+        graph, _ = nnx.split(self.blocks)
+        written = []
+        for weights, kept in zip(layers, cache.layers, strict=True):
+            x, kept = nnx.merge(graph, weights)(x, context, kept)
+            written.append(kept)
+        cache = Cache(tuple(written), cache.prompts, own, cache.at + 1)
         return rms_norm(x, self.norm.get_value(), config.eps), cache
 
 
@@ -143,14 +159,28 @@ class Model:
         leaves = [(tuple(path.split(".")), nnx.Param(params[path])) for path in sorted(self.specs)]
         return nnx.merge(self.graph, nnx.from_flat_state(leaves))
 
-    def hidden(
-        self, params: Params, ids: jax.Array, tokens: Tokens, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Normalised last hidden states [B, T, D] of ids [B, T] int32, and the cache with these tokens in it.
+    def hidden(self, params: Params, ids: jax.Array, tokens: Tokens) -> jax.Array:
+        """Normalised last hidden states [B, T, D] of ids [B, T] int32.
 
         Embedding look-up clamps ids that are out of range silently: they are checked on the host.
         """
-        return self.bind(params)(ids, tokens, cache)
+        return self.bind(params)(ids, tokens, False)[0]
+
+    def prefill(self, params: Params, ids: jax.Array, tokens: Tokens) -> tuple[jax.Array, list]:
+        """`hidden`, and the keys and values [B, K, T, h] of each layer."""
+        hidden, kept = self.bind(params)(ids, tokens, True)
+        return hidden, [jax.tree.map(lambda x, n=n: x[n], kept) for n in range(self.config.layers)]
+
+    def layers(self, params: Params) -> list[Any]:
+        """The weights of each layer by itself, for `decode`: taken off their stack once, not at every token."""
+        _, stack = nnx.split(self.bind(params).blocks)
+        return [jax.tree.map(lambda x, n=n: x[n], stack) for n in range(self.config.layers)]
+
+    def decode(
+        self, params: Params, layers: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Hidden states [R, 1, D] of every row's next token [R, 1], and the cache with it."""
+        return self.bind(params).decode(layers, ids, tokens, cache)
 
     def head(self, params: Params) -> jax.Array:
         """The output embedding [V, D], or the scores' head [labels, D]."""
@@ -166,14 +196,17 @@ class Model:
         config = {key: value for key, value in self.hf.items() if key != "quantization_config"}
         return {**config, "pad_token_id": pad_id} if self.config.labels else config
 
-    def cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache for `batch` rows of up to `slots` tokens."""
+    def cache(self, prompts: int, prompt_time: int, rows: int, columns: int) -> Cache:
+        """An empty cache of `prompts`, and of `rows`, a whole number of them a prompt, of up to `columns` tokens."""
         config = self.config
-        shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-        empty = jnp.zeros((batch, slots), jnp.int32)
-        return Cache(
-            jnp.zeros(shape, config.dtype),
-            jnp.zeros(shape, config.dtype),
-            Tokens(empty, empty),
-            jnp.zeros((), jnp.int32),
-        )
+
+        def empty(count: int, time: int) -> tuple[jax.Array, jax.Array]:
+            shape = (count, config.kv_heads, time, config.head_dim)
+            return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+        def nowhere(*shape: int) -> Tokens:
+            return Tokens(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
+
+        layers = tuple(Kept(empty(prompts, prompt_time), empty(rows, columns)) for _ in range(config.layers))
+        places = nowhere(prompts, prompt_time), nowhere(rows, columns)
+        return Cache(layers, *places, jnp.zeros((), jnp.int32))

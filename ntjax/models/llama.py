@@ -13,7 +13,7 @@ from flax import nnx
 
 from ntjax.errors import ConfigError
 from ntjax.models.decoder import Context, Decoder, DecoderConfig
-from ntjax.ops.attention import attention
+from ntjax.ops.attention import attention, continued
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.rope import rope_from_hf, rotate
 from ntjax.params import weight
@@ -47,15 +47,17 @@ class Attention(nnx.Module):
         q = rotate(biased(einsum("BTD,HhD->BTHh", x, self.q.get_value()), self.q_bias), context.rotation)
         k = rotate(biased(einsum("BTD,KhD->BTKh", x, self.k.get_value()), self.k_bias), context.rotation)
         v = biased(einsum("BTD,KhD->BTKh", x, self.v.get_value()), self.v_bias)
-        if cache is not None:
-            assert context.slot is not None
-            k, v = (
-                jax.lax.dynamic_update_slice(old, new, (0, context.slot, 0, 0))
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-        mixed = attention(q, k, v, context.queries, context.keys, self.window, self.kernel)
-        y = biased(einsum("BTHh,DHh->BTD", mixed, self.o.get_value()), self.o_bias)
-        return y, None if cache is None else (k, v)
+        kept: Any = None
+        if context.keep or cache is not None:
+            kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if cache is None:
+            mixed = attention(q, k, v, context.tokens, context.tokens, self.window, self.kernel)
+        else:
+            assert context.before is not None
+            prompts, own = context.before
+            kept = cache.written(kept, context.at)
+            mixed = continued(q, kept, context.tokens, prompts, own, self.window)
+        return biased(einsum("BTHh,DHh->BTD", mixed, self.o.get_value()), self.o_bias), kept
 
 
 class MLP(nnx.Module):

@@ -54,6 +54,45 @@ def attention(
         return plain(q, k, v, queries, keys, window)
 
 
+class Kept(NamedTuple):
+    """Keys and values of a layer: of prompts [P, K, T, h] each, shared by the rows that go on from them, and of what
+    those R rows wrote [R, K, S, h]; the rows of a prompt are neighbours."""
+
+    prompt: tuple[jax.Array, jax.Array]
+    own: tuple[jax.Array, jax.Array]
+
+    def written(self, new: tuple[jax.Array, jax.Array], at: jax.Array) -> Kept:
+        """With every row's next key and value, [R, K, 1, h] each, in column `at`."""
+        own = (jax.lax.dynamic_update_slice(x, y, (0, 0, at, 0)) for x, y in zip(self.own, new, strict=True))
+        return Kept(self.prompt, tuple(own))  # type: ignore[arg-type]
+
+
+def continued(
+    q: jax.Array, kept: Kept, queries: Tokens, prompts: Tokens, own: Tokens, window: int | None = None
+) -> jax.Array:
+    """`attention` of one query a row [R, 1, H, h] over its prompt and what the row wrote -> [R, 1, H, h].
+
+    A prompt's keys are read once for all of its rows.
+    """
+    rows, _, heads, head_dim = q.shape
+    count, kv_heads, time, _ = kept.prompt[0].shape
+    together = q.reshape(count, rows // count, kv_heads, -1, head_dim).swapaxes(1, 2)
+    shared = jnp.einsum("PKRGh,PKTh->PKRGT", together, kept.prompt[0], preferred_element_type=jnp.float32)
+    shared = shared.swapaxes(1, 2).reshape(rows, kv_heads, -1, time)
+    grouped = q.reshape(rows, kv_heads, -1, head_dim)
+    alone = jnp.einsum("RKGh,RKSh->RKGS", grouped, kept.own[0], preferred_element_type=jnp.float32)
+    each = jax.tree.map(lambda x: jnp.repeat(x, rows // count, axis=0), prompts)
+    seen = jnp.concatenate([visible(queries, each, window), visible(queries, own, window)], axis=-1)
+    scores = jnp.concatenate([shared, alone], axis=-1) * head_dim**-0.5
+    scores = jnp.where(seen[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    of_prompt = probs[..., :time].reshape(count, rows // count, kv_heads, -1, time).swapaxes(1, 2)
+    mixed = jnp.einsum("PKRGT,PKTh->PKRGh", of_prompt, kept.prompt[1])
+    mixed = mixed.swapaxes(1, 2).reshape(rows, kv_heads, -1, head_dim)
+    mixed += jnp.einsum("RKGS,RKSh->RKGh", probs[..., time:], kept.own[1])
+    return mixed.reshape(rows, 1, heads, head_dim)
+
+
 def plain(
     q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens, window: int | None
 ) -> jax.Array:

@@ -39,9 +39,13 @@ class Batch:
 
     def first(self, count: int) -> Batch:
         """The first rows of it."""
-        columns = {name: values[:count] for name, values in self.columns.items()}
-        lists = (self.prompts, self.completions, self.completion_ids)
-        return Batch(*(each[:count] for each in lists), columns, self.state)
+        return Batch(
+            self.prompts[:count],
+            self.completions[:count],
+            self.completion_ids[:count],
+            {name: values[:count] for name, values in self.columns.items()},
+            self.state,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,8 @@ def find(name: str, folder: Path, where: str | None) -> Callable[..., Any]:
     arguments: "length(1, 16)". Raises ConfigError where it isn't there or takes neither form's arguments."""
     from ntjax.rewards import ready
 
-    found = (
-        lookup.function(name, folder, where) if ":" in name.split("(")[0] else ready.find(name, folder, where)
-    )
+    own = ":" in name.split("(")[0]
+    found: Any = lookup.function(name, folder, where) if own else ready.find(name, folder, where)
     if inspect.isclass(found):
         try:
             found = found()

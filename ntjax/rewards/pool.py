@@ -191,7 +191,10 @@ class Rewards:
 
     def scored(self, answers: Sequence[Answer], count: int) -> Scored:
         """Answers as arrays, or the error they are."""
-        columns, extra, metrics, failures = [], {}, {}, []
+        columns: list[list[float]] = []
+        extra: dict[str, list[Any]] = {}
+        metrics: dict[str, list[float]] = {}
+        failures: list[str] = []
         for label, answer in zip(self.labels, answers, strict=True):
             columns.append(answer.scores if not answer.wrong else [np.nan] * count)
             extra |= answer.extra

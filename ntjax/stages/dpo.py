@@ -215,7 +215,7 @@ def _scored(model: Model, params: Params, batch: Batch) -> tuple[Any, Any, Any]:
     tokens, segments, positions = (
         batch[name].reshape(-1, shape[-1]) for name in ("tokens", "segments", "positions")
     )
-    hidden, _ = model.hidden(params, tokens, Tokens(positions, segments))
+    hidden = model.hidden(params, tokens, Tokens(positions, segments))
     scores = token_logprobs(hidden, model.head(params), jnp.roll(tokens, -1, axis=1))
     scores = jax.tree.map(lambda x: x.reshape(shape), scores)
     return hidden, scores, Targets.of(batch["mask"], batch["segments"], batch["pairs"])

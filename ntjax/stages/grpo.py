@@ -121,6 +121,8 @@ class Options(RolloutConfig):
         if self.mask_truncated_completions:
             mask = mask & window["stopped"][:, None]
         arrays = {"mask": mask, "advantages": found.advantages.astype(np.float32)}
+        if self.geometry(1).parts > 1:  # the window's tokens, shared out evenly over its steps
+            arrays["items"] = np.full(len(mask), mask.sum() / len(mask), np.float32)
         return Judged(arrays, found.rewards, found.advantages, found.metrics, state)
 
     def policy_scores(self, model: Model) -> Callable[[Params, Batch], Batch] | None:
@@ -148,7 +150,7 @@ class Options(RolloutConfig):
         def loss(params: Params, batch: Batch) -> Any:
             scores = completion_scores(model, params, batch, self.temperature)
             given = {
-                name: batch[name] for name in ("old_logps", "ref_logps", "sampler_logps") if name in batch
+                name: batch[name] for name in ("old_logps", "ref_logps", "sampler_logps", "items") if name in batch
             }
             metrics = grpo_metrics(
                 scores.logp, scores.entropy, batch["mask"], batch["advantages"], settings, **given

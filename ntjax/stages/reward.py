@@ -75,7 +75,7 @@ class Options(StageConfig):
             tokens, segments, positions = (
                 batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "positions")
             )
-            hidden, _ = model.hidden(params, tokens, Tokens(positions, segments))
+            hidden = model.hidden(params, tokens, Tokens(positions, segments))
             valid = batch["pairs"]
             # Where a document's token 0 is the marked one, no mark is left of it, and 0 is what is found.
             marked = jnp.where(batch["mask"].reshape(segments.shape), segments, 0)

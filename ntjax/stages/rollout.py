@@ -209,7 +209,7 @@ def completion_scores(model: Model, params: Params, batch: Batch, temperature: f
     from ntjax.ops.logprobs import token_logprobs
 
     tokens = batch["tokens"]
-    hidden, _ = model.hidden(params, tokens, Tokens(batch["positions"], batch["segments"]))
+    hidden = model.hidden(params, tokens, Tokens(batch["positions"], batch["segments"]))
     at = batch["start"][:, None] + jnp.arange(batch["mask"].shape[1])
     at = jnp.minimum(at, tokens.shape[1] - 1)  # past the end is masked
     before = jnp.take_along_axis(hidden, at[..., None] - 1, axis=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from trl import GRPOTrainer
 
 from ntjax.losses.grpo import Grpo, grpo_metrics
+from ntjax.metrics import Mean, finish
 
 ROWS, TIME = 6, 9
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -55,14 +55,19 @@ class Accelerator:
         return x
 
 
-def by_trl(given: dict[str, np.ndarray], settings: Grpo) -> tuple[float, np.ndarray, dict[str, float]]:
-    """Loss, its gradient with respect to the log-probs, and metrics."""
+def by_trl(
+    given: dict[str, np.ndarray], settings: Grpo, *, window: int | None = None, steps: int = 1
+) -> tuple[float, np.ndarray, dict[str, float]]:
+    """Loss, its gradient with respect to the log-probs, and metrics of a microbatch.
+
+    It is one of `steps` of a window with `window` tokens (default: its own).
+    """
     tensors = {name: torch.tensor(array) for name, array in given.items()}
     logp = tensors["logp"].float().requires_grad_()
     mask = tensors["mask"].int()
     trainer: Any = SimpleNamespace(
         **asdict(settings),
-        args=SimpleNamespace(**asdict(settings), steps_per_generation=1),
+        args=SimpleNamespace(**asdict(settings), steps_per_generation=steps),
         epsilon_low=settings.epsilon,
         accelerator=Accelerator(),
         model=SimpleNamespace(training=True),
@@ -77,21 +82,29 @@ def by_trl(given: dict[str, np.ndarray], settings: Grpo) -> tuple[float, np.ndar
     )
     trainer.epsilon_high = settings.high
     trainer.get_high_entropy_mask = lambda *rest: GRPOTrainer.get_high_entropy_mask(trainer, *rest)
+    prompt = torch.ones(len(mask), 1, dtype=torch.int)
     inputs = {
-        "prompt_ids": torch.zeros(ROWS, 1, dtype=torch.int),
-        "prompt_mask": torch.ones(ROWS, 1, dtype=torch.int),
-        "completion_ids": torch.zeros(ROWS, TIME, dtype=torch.int),
+        "prompt_ids": prompt,
+        "prompt_mask": prompt,
+        "completion_ids": torch.zeros_like(mask),
         "completion_mask": mask,
         "advantages": tensors["advantages"].float(),
-        "num_items_in_batch": mask.sum(),
+        "num_items_in_batch": mask.sum() if window is None else torch.tensor(window),
         "ref_per_token_logps": tensors["ref_logps"].float(),
     }
     if "old_logps" in given:
         inputs["old_per_token_logps"] = tensors["old_logps"].float()
     loss = GRPOTrainer._compute_loss(trainer, None, inputs)
     loss.backward()
+    assert logp.grad is not None
     means = {name: values[0] for name, values in trainer._metrics["train"].items()}
     return loss.item(), logp.grad.numpy(), means
+
+
+def loss_of(given: dict[str, np.ndarray], settings: Grpo, items: np.ndarray | None = None) -> Mean:
+    """Total and weight of our loss of a microbatch."""
+    scores = (jnp.asarray(given[name]) for name in ("logp", "entropy", "mask", "advantages"))
+    return grpo_metrics(*scores, settings, old_logps=jnp.asarray(given["old_logps"]), items=items)["loss"]
 
 
 def by_us(given: dict[str, np.ndarray], settings: Grpo) -> tuple[float, np.ndarray, dict[str, float]]:
@@ -105,7 +118,7 @@ def by_us(given: dict[str, np.ndarray], settings: Grpo) -> tuple[float, np.ndarr
         return found["loss"].total / found["loss"].weight, found
 
     (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(arrays["logp"])
-    return float(value), np.asarray(gradient), {k: float(m.total / m.weight) for k, m in found.items()}
+    return float(value), np.asarray(gradient), finish(found)
 
 
 def assert_same(given: dict[str, np.ndarray], settings: Grpo) -> None:
@@ -148,68 +161,94 @@ def test_options(kind: str, options: dict[str, Any]) -> None:
     assert_same(numbers(2), Grpo(loss_type=kind, **options))
 
 
-@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dapo", "dr_grpo"])
-def test_completions_that_are_masked_out_whole(kind: str) -> None:
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_completions_that_are_masked_out_whole(kind: str, level: str) -> None:
+    """As truncated ones are: they count where completions do, and in no metric of tokens."""
     given = numbers(3)
     given["mask"][2:4] = False
-    settings = Grpo(loss_type=kind, beta=0.1)
-    ours, theirs = by_us(given, settings), by_trl(given, settings)
-    assert abs(ours[0] - theirs[0]) <= TOLERANCE
-    np.testing.assert_allclose(ours[1], theirs[1], rtol=0, atol=TOLERANCE)
-    assert all(np.isfinite(value) for value in ours[2].values())
+    settings = Grpo(loss_type=kind, importance_sampling_level=level, beta=0.1, max_completion_length=20)
+    assert_same(given, settings)
 
 
-def mean_of_halves(given: dict[str, np.ndarray], compute: Callable[..., Any]) -> float:
-    return sum(compute({name: array[half] for name, array in given.items()}) for half in HALVES) / 2
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_padding_has_no_part_however_unlikely_it_is(kind: str, level: str) -> None:
+    """e^200 is no number of fp32, and 0 times infinity isn't 0."""
+    given = numbers(4)
+    settings = Grpo(loss_type=kind, importance_sampling_level=level, beta=0.1)
+    wanted = by_us(given, settings)
+    padding = ~given["mask"]
+    given["logp"] = np.where(padding, -200.0, given["logp"])
+    given["old_logps"], given["ref_logps"] = (
+        np.where(padding, 0.0, given[name]) for name in ("old_logps", "ref_logps")
+    )
+    found = by_us(given, settings)
+    assert found[0] == wanted[0]
+    np.testing.assert_array_equal(found[1], wanted[1])
+    assert found[2] == wanted[2]
 
 
-HALVES = slice(0, 3), slice(3, 6)
+def test_a_microbatch_without_tokens_has_no_loss_and_no_metrics_of_tokens() -> None:
+    given = numbers(5)
+    given["mask"][:] = False
+    found = grpo_metrics(
+        *(jnp.asarray(given[name]) for name in ("logp", "entropy", "mask", "advantages")), Grpo()
+    )
+    assert {name: float(mean.weight) for name, mean in found.items()} == dict.fromkeys(found, 0.0)
+    assert float(found["loss"].total) == 0
+
+
+def test_a_weight_of_vespo_that_overflows_is_none() -> None:
+    """Log of it: 0.0001 + 10 * 10 - 0.0001 * e^10 = 97.8; the second completion's is 0.0001 + 0 - 0.0001."""
+    shape = {"mask": np.ones((2, 1), np.bool_), "advantages": np.ones(2), "entropy": np.ones((2, 1))}
+    given = {"logp": np.array([[-1.0], [-1.0]]), "old_logps": np.array([[-11.0], [-1.0]]), **shape}
+    given["ref_logps"] = given["logp"]
+    settings = Grpo(loss_type="vespo", vespo_k_pos=10.0, vespo_lambda_pos=1e-4)
+    assert_same(given, settings)
+    assert by_us(given, settings)[2]["vespo/phi_seq_mean"] == pytest.approx(0.5)
+
+
+def parts(given: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Two halves."""
+    return [
+        {name: array[half] for name, array in given.items()}
+        for half in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS))
+    ]
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_microbatches_add_up_to_the_step_of_trl(kind: str) -> None:
-    """TRL adds up microbatches' losses, each over the number of them or over the window's tokens."""
-    given = numbers(4)
-    settings = Grpo(loss_type=kind)
-    totals = np.zeros(2)
-    for half in HALVES:
-        part = {name: jnp.asarray(array[half]) for name, array in given.items()}
-        found = grpo_metrics(
-            part["logp"],
-            part["entropy"],
-            part["mask"],
-            part["advantages"],
-            settings,
-            old_logps=part["old_logps"],
-        )["loss"]
-        totals += float(found.total), float(found.weight)
+    """TRL adds up microbatches' losses, each over the number of them or over the step's tokens."""
+    given, settings = numbers(4), Grpo(loss_type=kind)
+    found = [loss_of(part, settings) for part in parts(given)]
     if kind in ("dapo", "cispo", "vespo"):
         wanted = by_trl(given, settings)[0]
     else:
-        global ROWS
-        ROWS, kept = 3, ROWS
-        try:
-            wanted = mean_of_halves(given, lambda half: by_trl(half, settings)[0])
-        finally:
-            ROWS = kept
-    assert abs(totals[0] / totals[1] - wanted) <= TOLERANCE
+        wanted = sum(by_trl(part, settings)[0] for part in parts(given)) / 2
+    ours = sum(float(mean.total) for mean in found) / sum(float(mean.weight) for mean in found)
+    assert abs(ours - wanted) <= TOLERANCE
 
 
-def test_a_window_of_several_steps_divides_each_by_its_share() -> None:
-    given = {name: jnp.asarray(array) for name, array in numbers(5).items()}
-    found = grpo_metrics(
-        *(given[name] for name in ("logp", "entropy", "mask", "advantages")),
-        Grpo(),
-        items=jnp.full(ROWS, 4.0),
-    )
-    assert float(found["loss"].weight) == 24
+@pytest.mark.parametrize("kind", ["dapo", "cispo", "vespo"])
+def test_steps_of_a_window_are_divided_by_the_same_number_of_tokens(kind: str) -> None:
+    """A window of two steps: each is divided by half the window's tokens, as by TRL, not by its own."""
+    given, settings = numbers(5), Grpo(loss_type=kind)
+    tokens = int(given["mask"].sum())
+    for part in parts(given):
+        mean = loss_of(part, settings, np.full(ROWS // 2, tokens / ROWS))
+        assert part["mask"].sum() != tokens / 2
+        wanted = by_trl(part, settings, window=tokens, steps=2)[0]
+        assert abs(float(mean.total) / float(mean.weight) - wanted) <= TOLERANCE
 
 
 def test_the_sampler_s_log_probs_are_compared_over_completions() -> None:
     given = {name: jnp.asarray(array) for name, array in numbers(6).items()}
-    off = given["logp"].at[0, 0].add(0.5).at[1, 8].add(9.0)  # the second is padding
+    assert not given["mask"][1, 8]
+    off = given["logp"].at[0, 0].add(0.5).at[1, 8].add(9.0)
     found = grpo_metrics(
         *(given[name] for name in ("logp", "entropy", "mask", "advantages")), Grpo(), sampler_logps=off
     )
     assert float(found["sampler/logprob_diff"].total) == pytest.approx(0.5)
+    assert float(found["sampler/logprob_diff"].weight) == given["mask"].sum()
     assert float(found["sampler/logprob_diff_max"].total) == pytest.approx(0.5)

@@ -169,7 +169,7 @@ def stage_metrics(options: dpo.Options, batch: dict[str, np.ndarray]) -> tuple[d
 
 def every_loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Each loss of LOSSES, a mean over the pairs, against a reference whose head is ours upside down."""
-    hidden, _ = Sums().hidden(params, batch["tokens"], SimpleNamespace(positions=batch["positions"]))
+    hidden = Sums().hidden(params, batch["tokens"], SimpleNamespace(positions=batch["positions"]))
     scores = token_scores(batch["tokens"], hidden @ params["head"].T)
     targets = Targets.of(batch["mask"], batch["segments"], batch["pairs"])
     others = token_scores(batch["tokens"], hidden @ params["head"][::-1].T)
@@ -235,7 +235,7 @@ def test_mean_logits_are_those_of_completion_tokens() -> None:
     batch = shared_rows(answers(), [[0, 1], [2]], 2)
     model = Sums()
     tokens = SimpleNamespace(positions=batch["positions"])
-    hidden, _ = model.hidden({"embed": 1.1 * model.params["embed"]}, batch["tokens"], tokens)
+    hidden = model.hidden({"embed": 1.1 * model.params["embed"]}, batch["tokens"], tokens)
     logits = np.asarray((hidden @ (1.1 * model.params["head"]).T).mean(-1))
     learned = np.roll(batch["mask"], -1, axis=-1)
     metrics, _ = stage_metrics(stage(), batch)

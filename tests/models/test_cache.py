@@ -45,7 +45,7 @@ def packed_and_alone() -> tuple[np.ndarray, Tokens]:
 def test_a_packed_row_is_its_documents_alone(variant: dict[str, Any]) -> None:
     _, model, params = pair({**TINY, **variant})
     ids, at = packed_and_alone()
-    hidden, _ = jax.jit(model.hidden)(params, jnp.asarray(ids), at)
+    hidden = jax.jit(model.hidden)(params, jnp.asarray(ids), at)
     start = 0
     for row, length in enumerate(LENGTHS, start=1):
         alone = hidden[row, :length]
@@ -57,7 +57,7 @@ def test_dynamic_rope_stretches_each_document_by_its_own_length() -> None:
     # transformers stretches a whole batch by its longest row, so the reference is one document a call.
     theirs, model, params = pair({**TINY, **DYNAMIC})
     ids, at = packed_and_alone()
-    hidden, _ = jax.jit(model.hidden)(params, jnp.asarray(ids), at)
+    hidden = jax.jit(model.hidden)(params, jnp.asarray(ids), at)
     start = 0
     for row, length in enumerate(LENGTHS, start=1):
         with torch.no_grad():
@@ -92,7 +92,7 @@ def test_a_cache_changes_nothing(variant: dict[str, Any], parts: list[int]) -> N
     _, model, params = pair({**TINY, **variant})
     ids = random_ids(3, 14)
     mask = (np.arange(14) >= np.array([[0], [2], [5]])).astype(np.int32)  # padded on the left
-    whole, _ = jax.jit(model.hidden)(params, jnp.asarray(ids), tokens(mask))
+    whole = jax.jit(model.hidden)(params, jnp.asarray(ids), tokens(mask))
     real = mask.astype(bool)
     hidden = cached(model, params, ids, mask, parts)
     np.testing.assert_allclose(hidden[real], np.asarray(whole)[real], rtol=0, atol=TOLERANCE)

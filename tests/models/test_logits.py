@@ -114,7 +114,7 @@ def test_an_old_config_file_without_scaling_keeps_its_theta() -> None:
 
 def mean_nll(model: Any, params: Any, ids: jax.Array, mask: np.ndarray) -> jax.Array:
     """Mean negative log-likelihood of all tokens but the first."""
-    hidden, _ = model.hidden(params, ids, tokens(mask))
+    hidden = model.hidden(params, ids, tokens(mask))
     return -token_logprobs(hidden[:, :-1], model.head(params), ids[:, 1:]).logp.mean()
 
 
