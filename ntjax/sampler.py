@@ -125,7 +125,7 @@ class Sampler:
                 state = programs.fill(params, state, *_padded(taken, rows, slots, time), seed)
             held = _with(held, taken)
             state, told = programs.decode(params, state)
-            read = Told(*jax.device_get(told))
+            read = Told(*map(np.array, jax.device_get(told)))
             state = self._stopped(state, read, held, group)
             for slot, number in enumerate(held):
                 rows_ = slice(slot * group, (slot + 1) * group)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,18 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ntjax import sampler
+from ntjax.data.prompts import Prompt
+from ntjax.draw import Sampling, cut, draw, inverse, penalised
+from ntjax.mesh import make_mesh, replicated
 from ntjax.models import Model
 from ntjax.params import Params
-from ntjax.sampler import Completion, Sampling, draw, generate
+from ntjax.sampler import Completion, Sampler
 from tests.torch_reference import TINY, logits, pair, tokens
 
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16], [20]]
 GREEDY = Sampling(max_new_tokens=20, temperature=0.0)
 DRAWN = Sampling(max_new_tokens=20, temperature=0.7, top_k=5, top_p=0.9)
-NO_STOP: Sequence[int] = ()
+FREE = Sampling(max_new_tokens=20, temperature=0.7)
+SMOLLM2 = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 
 
 @cache
@@ -31,10 +43,27 @@ def tiny() -> tuple[Any, Model, Params]:
     return pair({**TINY, "eos_token_id": None})
 
 
+def complete(
+    prompts: Sequence[Sequence[int]], sampling: Sampling, slots: int = 64, **options: Any
+) -> list[Completion]:
+    _, model, params = tiny()
+    mesh = options.pop("mesh", None)
+    if mesh is not None:
+        params = jax.device_put(params, replicated(mesh))
+    made = Sampler(model, sampling, slots=slots, mesh=mesh, tokenizer=options.pop("tokenizer", None))
+    return made(params, [Prompt(prompt) for prompt in prompts], **options)
+
+
 @cache
 def greedy() -> list[Completion]:
-    _, model, params = tiny()
-    return generate(model, params, PROMPTS, GREEDY, stop_ids=NO_STOP)
+    return complete(PROMPTS, GREEDY)
+
+
+def same(ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
+    assert [c.tokens for c in ours] == [c.tokens for c in theirs]
+    assert [c.finished for c in ours] == [c.finished for c in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
 
 
 def test_greedy_is_transformers_greedy() -> None:
@@ -47,46 +76,70 @@ def test_greedy_is_transformers_greedy() -> None:
         assert len(set(completion.tokens)) > 5
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_greedy_with_a_repetition_penalty_is_transformers_too() -> None:
+    theirs, _, _ = tiny()
+    ours = complete(PROMPTS, Sampling(max_new_tokens=20, temperature=0.0, repetition_penalty=1.3))
+    assert [c.tokens for c in ours] != [c.tokens for c in greedy()]
+    for prompt, completion in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "repetition_penalty": 1.3}
+        out = theirs.generate(ids, max_new_tokens=20, **options)
+        assert completion.tokens == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, FREE], ids=["greedy", "cut", "free"])
 def test_reported_logprobs_are_those_of_a_full_forward_pass(sampling: Sampling) -> None:
-    # Of the whole distribution at temperature 1, whatever was drawn from.
+    # Of the whole distribution at the temperature, whatever was drawn from.
     _, model, params = tiny()
-    completions = generate(model, params, PROMPTS, sampling, stop_ids=NO_STOP)
-    ids = np.zeros((len(PROMPTS), 32), np.int32)
+    completions = complete(PROMPTS, sampling, group=2)
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    ids = np.zeros((len(prompts), 32), np.int32)
     mask = np.zeros_like(ids)
-    for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         text = prompt + completion.tokens
         ids[row, : len(text)], mask[row, : len(text)] = text, 1
-    logp = jax.nn.log_softmax(logits(model, params, ids, tokens(mask)))
-    for row, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
+    logp = jax.nn.log_softmax(logits(model, params, ids, tokens(mask)) / (sampling.temperature or 1.0))
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         at = np.arange(len(completion.tokens)) + len(prompt) - 1
         expected = logp[row, at, np.array(completion.tokens)]
         np.testing.assert_allclose(completion.logprobs, expected, rtol=0, atol=2e-5)
 
 
-def test_a_row_does_not_see_its_neighbours() -> None:
-    _, model, params = tiny()
-    together = generate(model, params, PROMPTS, DRAWN, stop_ids=NO_STOP, seed=3)
-    alone = generate(model, params, PROMPTS[:1], DRAWN, stop_ids=NO_STOP, seed=3)[0]
-    others = generate(model, params, [PROMPTS[0], [30, 31], [40] * 9], DRAWN, stop_ids=NO_STOP, seed=3)
-    assert together[0].tokens == alone.tokens == others[0].tokens
-    np.testing.assert_allclose(together[0].logprobs, alone.logprobs, atol=2e-5)
+def test_a_row_depends_on_its_prompt_its_number_and_the_seed_alone() -> None:
+    together = complete(PROMPTS, FREE, seed=3)
+    same(complete(PROMPTS[:1], FREE, seed=3), together[:1])
+    same(complete([PROMPTS[0], [30, 31], [40] * 9], FREE, seed=3)[:1], together[:1])
+    same(complete(PROMPTS[1:], FREE, seed=3, first_row=1), together[1:])
+    assert complete(PROMPTS, FREE, seed=4) != together
 
 
-def test_draws_follow_the_seed_and_the_row() -> None:
-    _, model, params = tiny()
-    same = [PROMPTS[0]] * 3
-    first = generate(model, params, same, DRAWN, stop_ids=NO_STOP, seed=3)
-    assert first == generate(model, params, same, DRAWN, stop_ids=NO_STOP, seed=3)
-    assert first != generate(model, params, same, DRAWN, stop_ids=NO_STOP, seed=4)
-    assert first[0].tokens != first[1].tokens
+def test_a_group_shares_a_prompt_and_nothing_else() -> None:
+    grouped = complete(PROMPTS, FREE, seed=3, group=4)
+    each = [prompt for prompt in PROMPTS for _ in range(4)]
+    same(grouped, complete(each, FREE, seed=3))
+    assert len({tuple(completion.tokens) for completion in grouped[:4]}) == 4
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_slots_that_are_refilled_change_nothing(group: int) -> None:
+    prompts = [[n, n + 1] for n in range(3, 14)]
+    stops = Sampling(max_new_tokens=70, temperature=0.9, stop_ids=tuple(range(8)))  # lengths differ widely
+    whole = complete(prompts, stops, seed=1, group=group)
+    assert len({len(completion.tokens) for completion in whole}) > 5
+    same(complete(prompts, stops, slots=2 * group, seed=1, group=group), whole)
+    same(complete(prompts, stops, slots=3 * group, seed=1, group=group), whole)
+
+
+def test_on_eight_devices_it_draws_the_same() -> None:
+    mesh = make_mesh()
+    assert mesh.size == 8
+    same(complete(PROMPTS * 4, FREE, mesh=mesh, seed=2, group=2), complete(PROMPTS * 4, FREE, seed=2, group=2))
 
 
 def test_a_stop_token_ends_its_row_and_is_kept() -> None:
-    _, model, params = tiny()
     free = greedy()
     stop = free[0].tokens[4]
-    stopped = generate(model, params, PROMPTS, GREEDY, stop_ids=[stop, 60])
+    stopped = complete(PROMPTS, Sampling(max_new_tokens=20, temperature=0.0, stop_ids=(stop, 60)))
     for completion, whole in zip(stopped, free, strict=True):
         ends = [i for i, token in enumerate(whole.tokens) if token in (stop, 60)]
         kept = ends[0] + 1 if ends else 20
@@ -97,78 +150,175 @@ def test_a_stop_token_ends_its_row_and_is_kept() -> None:
     assert {completion.finished for completion in stopped} == {"stop", "length"}
 
 
-@pytest.mark.parametrize("limit", [1, 7])
+class Letters:
+    """A tokenizer whose token n is "<n>"."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f"<{n}>" for n in ids)
+
+
+def test_a_stop_string_ends_its_row_at_the_token_that_completes_it() -> None:
+    free = greedy()
+    first, second = free[1].tokens[6:8]
+    sampling = Sampling(max_new_tokens=20, temperature=0.0, stop_strings=(f"<{first}><{second}",))
+    stopped = complete(PROMPTS, sampling, tokenizer=Letters())
+    assert stopped[1].tokens == free[1].tokens[:8]
+    assert stopped[1].finished == "stop"
+    assert stopped[0].finished == "length"
+
+
+@pytest.mark.parametrize("limit", [1, 7, 32])
 def test_no_more_tokens_than_asked_for(limit: int) -> None:
-    _, model, params = tiny()
-    completions = generate(model, params, PROMPTS, Sampling(limit, 0.0), stop_ids=NO_STOP)
-    assert [c.tokens for c in completions] == [c.tokens[:limit] for c in greedy()]
+    completions = complete(PROMPTS, Sampling(limit, 0.0))
+    assert [c.tokens[:20] for c in completions] == [c.tokens[:limit] for c in greedy()]
     assert [len(c.logprobs) for c in completions] == [limit] * 3
 
 
 def test_programs_are_counted_by_buckets_not_by_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, model, params = tiny()
-    traced = Counter[str]()
+    traced = [0]
 
-    def counted(*args: Any) -> jax.Array:
-        traced["draw"] += 1
+    def counted(*args: Any) -> Any:
+        traced[0] += 1
         return draw(*args)
 
     monkeypatch.setattr(sampler, "draw", counted)
 
-    def compiled(prompt: int, new: int, stops: Sequence[int] = (60,)) -> int:
-        before = traced["draw"]
-        generate(model, params, [[5] * prompt], Sampling(new, 0.99), stop_ids=stops, seed=new)
-        return traced["draw"] - before
+    def compiled(prompt: int, new: int) -> int:
+        before = traced[0]
+        complete([[5] * prompt], Sampling(new, 0.99), seed=new)
+        return traced[0] - before
 
     first = compiled(1, 1)
     assert first >= 1
-    assert [compiled(prompt, new) for prompt, new in [(2, 1), (64, 1), (1, 64), (17, 3)]] == [0, 0, 0, 0]
-    assert compiled(3, 5, stops=(7,)) == 0
-    assert compiled(65, 1) == first
-    assert compiled(128, 2) == 0
+    again = compiled(2, 2)  # another limit is another program
+    assert again >= 1
+    assert [compiled(prompt, 2) for prompt in (1, 17, 32)] == [0, 0, 0]
+    assert compiled(33, 2) == again
+    assert compiled(64, 2) == 0
 
 
 def random_logits(size: int = 50) -> np.ndarray:
     return 3 * np.random.default_rng(0).standard_normal(size).astype(np.float32)
 
 
-WARPERS = {
-    "temperature": (0.7, 0, 1.0),
-    "top_k": (1.0, 5, 1.0),
-    "top_k of 1": (1.0, 1, 1.0),
-    "top_k past the vocabulary": (1.0, 99, 1.0),
-    "top_p": (1.0, 0, 0.8),
-    "top_p of almost nothing": (1.0, 0, 1e-4),
-    "top_p after temperature": (2.0, 0, 0.8),
-    "top_p after top_k": (0.5, 7, 0.6),
+CUTS = {
+    "top_k": {"top_k": 5},
+    "top_k of 1": {"top_k": 1},
+    "top_k past the vocabulary": {"top_k": 99},
+    "top_p": {"top_p": 0.8},
+    "top_p of almost nothing": {"top_p": 1e-4},
+    "top_p after temperature": {"temperature": 2.0, "top_p": 0.8},
+    "top_p after top_k": {"temperature": 0.5, "top_k": 7, "top_p": 0.6},
+    "min_p": {"min_p": 0.1},
+    "min_p after all": {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "min_p": 0.2},
+    "penalty": {"repetition_penalty": 1.7},
+    "penalty below 1, cut": {"repetition_penalty": 0.6, "temperature": 0.7, "top_p": 0.7},
 }
+SEEN = [3, 7, 11, 40]
 
 
-@pytest.mark.parametrize("name", WARPERS)
-def test_what_is_drawn_from_is_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    temperature, top_k, top_p = WARPERS[name]
-    monkeypatch.setattr(jax.random, "categorical", lambda key, logits: logits)
-    ours = np.asarray(draw(jax.random.key(0), jnp.asarray(random_logits()), temperature, top_k, top_p))
-    warpers: list[Any] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
-    warpers += [TopKLogitsWarper(top_k)] if top_k else []
-    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    process: Any = LogitsProcessorList(warpers)
-    theirs = process(None, torch.tensor(random_logits())[None])[0].numpy()
+@pytest.mark.parametrize("name", CUTS)
+def test_what_is_drawn_from_is_transformers(name: str) -> None:
+    sampling = Sampling(**CUTS[name])
+    row = jnp.asarray(random_logits())[None]
+    seen = jnp.zeros((1, 50), bool).at[0, jnp.array(SEEN)].set(True)
+    ours = cut(penalised(row, seen, sampling.repetition_penalty) / sampling.temperature, sampling)[0]
+    steps: list[Any] = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
+    steps += [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
+    steps += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    steps += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    steps += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
+    theirs = LogitsProcessorList(steps)(torch.tensor([SEEN]), torch.tensor(random_logits())[None])[0].numpy()
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_draws_have_the_frequencies_of_the_softmax() -> None:
-    # Probabilities 1/2, 1/4, 1/8, 1/8 squared and normalised at temperature 1/2; 20,000 draws, four deviations.
-    weights = np.array([1 / 2, 1 / 4, 1 / 8, 1 / 8])
-    expected = weights**2 / (weights**2).sum()
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = jax.jit(jax.vmap(lambda key: draw(key, jnp.log(weights), 0.5, 0, 1.0)))(keys)
-    shares = np.bincount(np.asarray(drawn), minlength=4) / 20_000
-    assert np.all(np.abs(shares - expected) < 4 * np.sqrt(expected * (1 - expected) / 20_000))
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    """How many of its standard deviations the statistic lies above its mean."""
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    freedom = len(counts) - 1
+    return (statistic - freedom) / np.sqrt(2 * freedom)
 
 
-def test_temperature_zero_takes_the_likeliest_whatever_the_key() -> None:
-    row = jnp.asarray(random_logits())
-    drawn = {int(draw(jax.random.key(seed), row, 0.0, 5, 0.5)) for seed in range(3)}
+@pytest.mark.parametrize("options", [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.05}])
+def test_drawn_frequencies_are_the_softmax(options: dict[str, Any]) -> None:
+    draws, size = 40_000, 300  # more than one piece of the vocabulary
+    sampling = Sampling(temperature=0.8, **options)
+    row = jnp.asarray(random_logits(size))
+    uniform = jax.random.uniform(jax.random.key(0), (draws,))
+    ids = jax.jit(lambda u: draw(jnp.broadcast_to(row, (draws, size)), u, sampling).ids)(uniform)
+    expected = np.asarray(jax.nn.softmax(cut(row[None] / 0.8, sampling))[0]) * draws
+    counts = np.bincount(np.asarray(ids), minlength=size)
+    assert counts[expected == 0].sum() == 0
+    often = expected >= 5
+    rest = np.array([counts[~often].sum()]), np.array([max(expected[~often].sum(), 1e-9)])
+    both = np.append(counts[often], rest[0]), np.append(expected[often], rest[1])
+    assert abs(chi_square(*both)) < 4
+
+
+def test_frequencies_of_whole_runs_are_the_softmax() -> None:
+    _, model, params = tiny()
+    found = complete([PROMPTS[0]], Sampling(max_new_tokens=1, temperature=0.7), slots=512, group=4096)
+    counts = np.bincount([completion.tokens[0] for completion in found], minlength=TINY["vocab_size"])
+    ids = np.array([PROMPTS[0]], np.int32)
+    expected = jax.nn.softmax(logits(model, params, ids, tokens(np.ones_like(ids)))[0, -1] / 0.7)
+    expected = np.asarray(expected) * len(found)
+    often = expected >= 5
+    assert abs(chi_square(counts[often], expected[often])) < 4
+
+
+def test_a_uniform_number_picks_by_running_sums() -> None:
+    weights = jnp.asarray([[0.0, 1.0, 0.0, 3.0, 0.0]])
+    picked = [int(inverse(weights, jnp.asarray([u]))[0]) for u in (0.0, 0.2, 0.25, 0.9, 0.9999999)]
+    assert picked == [1, 1, 3, 3, 3]
+
+
+def test_temperature_zero_takes_the_likeliest_whatever_the_number() -> None:
+    row = jnp.asarray(random_logits())[None]
+    drawn = {int(draw(row, jnp.asarray([u]), Sampling(temperature=0.0, top_k=5)).ids[0]) for u in (0.1, 0.9)}
     assert drawn == {int(np.argmax(random_logits()))}
+
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "What is 7 + 5? Answer with the number only.",
+    "Explain gravity to a child.",
+    "Name three colours.",
+    "Who wrote Hamlet?",
+    "Give me a recipe for pancakes.",
+    "Translate 'good morning' into Spanish.",
+]
+
+
+@pytest.mark.slow
+def test_greedy_smollm2_is_transformers_token_for_token() -> None:
+    if not SMOLLM2.exists():
+        pytest.skip("scripts/demo imports the model")
+    from ntjax.hf.files import read_config
+    from ntjax.hf.folder import load_params
+    from ntjax.hf.tokenizer import load_tokenizer
+    from ntjax.models import build
+
+    tokenizer: Any = load_tokenizer(SMOLLM2)
+    model = build(read_config(SMOLLM2))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = load_params(SMOLLM2, model.specs, dtype="float32", sharding=lambda path: place)
+    theirs = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [
+        tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) for turns in asked
+    ]
+    sampling = Sampling(max_new_tokens=64, temperature=0.0, stop_ids=(tokenizer.eos_token_id,))
+    ours = Sampler(model, sampling, slots=4)(params, [Prompt(prompt) for prompt in prompts])
+    for prompt, completion in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = theirs.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, pad_token_id=2
+            )
+            logp = torch.log_softmax(theirs(out).logits[0], -1)
+        assert completion.tokens == out[0, len(prompt) :].tolist()
+        at = np.arange(len(completion.tokens)) + len(prompt) - 1
+        full = logp.numpy()[at, np.array(completion.tokens)]
+        assert np.abs(np.array(completion.logprobs) - full).max() <= 1e-4

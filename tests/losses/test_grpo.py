@@ -15,7 +15,7 @@ import torch
 from trl import GRPOTrainer
 
 from ntjax.losses.grpo import Grpo, grpo_metrics
-from ntjax.metrics import Mean, finish
+from ntjax.metrics import Metrics, finish
 
 ROWS, TIME = 6, 9
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -101,10 +101,12 @@ def by_trl(
     return loss.item(), logp.grad.numpy(), means
 
 
-def loss_of(given: dict[str, np.ndarray], settings: Grpo, items: np.ndarray | None = None) -> Mean:
-    """Total and weight of our loss of a microbatch."""
-    scores = (jnp.asarray(given[name]) for name in ("logp", "entropy", "mask", "advantages"))
-    return grpo_metrics(*scores, settings, old_logps=jnp.asarray(given["old_logps"]), items=items)["loss"]
+def metrics_of(given: dict[str, Any], settings: Grpo, **more: Any) -> Metrics:
+    """Ours of a microbatch."""
+    logp, entropy, mask, advantages = (
+        jnp.asarray(given[name]) for name in ("logp", "entropy", "mask", "advantages")
+    )
+    return grpo_metrics(logp, entropy, mask, advantages, settings, **more)
 
 
 def by_us(given: dict[str, np.ndarray], settings: Grpo) -> tuple[float, np.ndarray, dict[str, float]]:
@@ -114,7 +116,7 @@ def by_us(given: dict[str, np.ndarray], settings: Grpo) -> tuple[float, np.ndarr
     more = {name: arrays[name] for name in ("old_logps", "ref_logps") if name in arrays}
 
     def loss(logp: jax.Array) -> Any:
-        found = grpo_metrics(logp, arrays["entropy"], arrays["mask"], arrays["advantages"], settings, **more)
+        found = metrics_of(arrays | {"logp": logp}, settings, **more)
         return found["loss"].total / found["loss"].weight, found
 
     (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(arrays["logp"])
@@ -192,9 +194,7 @@ def test_padding_has_no_part_however_unlikely_it_is(kind: str, level: str) -> No
 def test_a_microbatch_without_tokens_has_no_loss_and_no_metrics_of_tokens() -> None:
     given = numbers(5)
     given["mask"][:] = False
-    found = grpo_metrics(
-        *(jnp.asarray(given[name]) for name in ("logp", "entropy", "mask", "advantages")), Grpo()
-    )
+    found = metrics_of(given, Grpo())
     assert {name: float(mean.weight) for name, mean in found.items()} == dict.fromkeys(found, 0.0)
     assert float(found["loss"].total) == 0
 
@@ -221,7 +221,7 @@ def parts(given: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 def test_microbatches_add_up_to_the_step_of_trl(kind: str) -> None:
     """TRL adds up microbatches' losses, each over the number of them or over the step's tokens."""
     given, settings = numbers(4), Grpo(loss_type=kind)
-    found = [loss_of(part, settings) for part in parts(given)]
+    found = [metrics_of(part, settings, old_logps=part["old_logps"])["loss"] for part in parts(given)]
     if kind in ("dapo", "cispo", "vespo"):
         wanted = by_trl(given, settings)[0]
     else:
@@ -236,7 +236,8 @@ def test_steps_of_a_window_are_divided_by_the_same_number_of_tokens(kind: str) -
     given, settings = numbers(5), Grpo(loss_type=kind)
     tokens = int(given["mask"].sum())
     for part in parts(given):
-        mean = loss_of(part, settings, np.full(ROWS // 2, tokens / ROWS))
+        items = jnp.full(ROWS // 2, tokens / ROWS)
+        mean = metrics_of(part, settings, old_logps=part["old_logps"], items=items)["loss"]
         assert part["mask"].sum() != tokens / 2
         wanted = by_trl(part, settings, window=tokens, steps=2)[0]
         assert abs(float(mean.total) / float(mean.weight) - wanted) <= TOLERANCE
@@ -246,9 +247,7 @@ def test_the_sampler_s_log_probs_are_compared_over_completions() -> None:
     given = {name: jnp.asarray(array) for name, array in numbers(6).items()}
     assert not given["mask"][1, 8]
     off = given["logp"].at[0, 0].add(0.5).at[1, 8].add(9.0)
-    found = grpo_metrics(
-        *(given[name] for name in ("logp", "entropy", "mask", "advantages")), Grpo(), sampler_logps=off
-    )
+    found = metrics_of(given, Grpo(), sampler_logps=off)
     assert float(found["sampler/logprob_diff"].total) == pytest.approx(0.5)
     assert float(found["sampler/logprob_diff"].weight) == given["mask"].sum()
     assert float(found["sampler/logprob_diff_max"].total) == pytest.approx(0.5)

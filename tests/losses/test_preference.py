@@ -137,8 +137,8 @@ class Sums:
             "head": jnp.asarray(rng.standard_normal((references.VOCAB, 4)), jnp.float32),
         }
 
-    def hidden(self, params: Any, ids: jax.Array, tokens: Any) -> tuple[jax.Array, None]:
-        return params["embed"][ids] * jnp.cos(tokens.positions)[..., None], None
+    def hidden(self, params: Any, ids: jax.Array, tokens: Any) -> jax.Array:
+        return params["embed"][ids] * jnp.cos(tokens.positions)[..., None]
 
     def head(self, params: Any) -> jax.Array:
         return params["head"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from ntjax.models import Cache, Model
-from ntjax.ops.attention import Tokens
+from ntjax.ops.attention import Kept, Tokens
 from ntjax.params import Params
 from tests.torch_reference import TINY, pair, random_ids, tokens
 
@@ -66,40 +65,51 @@ def test_dynamic_rope_stretches_each_document_by_its_own_length() -> None:
         start += length
 
 
-Step = Callable[[Params, jax.Array, Tokens, Cache], tuple[jax.Array, Cache]]
+def decoded(
+    model: Model, params: Params, ids: np.ndarray, lengths: np.ndarray, group: int, columns: int
+) -> np.ndarray:
+    """Hidden states [B, new, D] of the ids after each prompt, through a cache; `group` neighbours share a prompt.
 
-
-def cached(model: Model, params: Params, ids: np.ndarray, mask: np.ndarray, parts: list[int]) -> np.ndarray:
-    """Hidden states [B, T, D] of ids run through one cache, `parts` tokens at a time."""
-    step: Step = jax.jit(model.hidden)
-    at = tokens(mask)
-    cache = model.cache(len(ids), ids.shape[1] + 5)  # five slots are never written
+    Prompts are padded on the right, and rows go on for as many tokens as the longest prompt leaves.
+    """
+    prompts, rows, longest = len(ids) // group, len(ids), int(lengths.max())
+    at = np.arange(longest)
+    places = Tokens(
+        jnp.asarray(np.broadcast_to(at, (prompts, longest))),
+        jnp.asarray((at < lengths[::group, None]).astype(np.int32)),
+    )
+    _, kept = jax.jit(model.prefill)(params, jnp.asarray(ids[::group, :longest]), places)
+    cache = model.cache(prompts, longest, rows, columns)
+    layers = tuple(Kept(new, old.own) for new, old in zip(kept, cache.layers, strict=True))
+    cache = Cache(layers, places, cache.own, jnp.int32(columns - 1))  # begins in the last column
+    apart = model.layers(params)
+    step: Any = jax.jit(model.decode)
     hidden = []
-    for start, stop in zip(np.cumsum([0, *parts[:-1]]), np.cumsum(parts), strict=True):
-        part = jax.tree.map(lambda x, s=slice(start, stop): x[:, s], at)
-        states, cache = step(params, jnp.asarray(ids[:, start:stop]), part, cache)
+    for new in range(ids.shape[1] - longest):
+        place = Tokens(jnp.asarray(lengths[:, None] + new), jnp.ones((rows, 1), jnp.int32))
+        token = np.take_along_axis(ids, lengths[:, None] + new, axis=1)
+        states, cache = step(params, apart, jnp.asarray(token), place, cache)
         hidden.append(np.asarray(states))
-    assert int(cache.filled) == ids.shape[1]
     return np.concatenate(hidden, axis=1)
 
 
-@pytest.mark.parametrize(
-    ("variant", "parts"),
-    [({}, [6, *[1] * 8]), (WINDOW, [6, *[1] * 8]), ({}, [6, 7, 1])],
-    ids=["token by token", "with a window", "in parts"],
-)
-def test_a_cache_changes_nothing(variant: dict[str, Any], parts: list[int]) -> None:
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("variant", [{}, WINDOW], ids=["default", "window"])
+def test_a_cache_changes_nothing(variant: dict[str, Any], group: int) -> None:
     _, model, params = pair({**TINY, **variant})
-    ids = random_ids(3, 14)
-    mask = (np.arange(14) >= np.array([[0], [2], [5]])).astype(np.int32)  # padded on the left
-    whole = jax.jit(model.hidden)(params, jnp.asarray(ids), tokens(mask))
-    real = mask.astype(bool)
-    hidden = cached(model, params, ids, mask, parts)
-    np.testing.assert_allclose(hidden[real], np.asarray(whole)[real], rtol=0, atol=TOLERANCE)
+    ids = random_ids(6, 20)
+    ids[:, :9] = np.repeat(ids[::group, :9], group, axis=0)  # rows of a group begin with the same prompt
+    lengths = np.repeat(np.array([9, 4, 6, 9, 1, 2])[: 6 // group], group)
+    whole = jax.jit(model.hidden)(params, jnp.asarray(ids), tokens(np.ones_like(ids)))
+    hidden = decoded(model, params, ids, lengths, group, columns=11)
+    after = lengths[:, None] + np.arange(11)
+    wanted = np.take_along_axis(np.asarray(whole), after[..., None], axis=1)
+    np.testing.assert_allclose(hidden, wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_a_cache_is_in_the_dtype_of_the_activations() -> None:
     _, model, _ = pair(TINY, dtype="bfloat16")
-    cache = model.cache(2, 16)
-    assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
-    assert cache.k.shape == (2, 2, 16, 2, 8)  # layers, rows, slots, key/value heads, head_dim
+    cache = model.cache(2, 16, 6, 4)
+    assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype(jnp.bfloat16)}
+    assert cache.layers[0].prompt[0].shape == (2, 2, 16, 8)  # prompts, key/value heads, time, head_dim
+    assert cache.layers[0].own[0].shape == (6, 2, 4, 8)
