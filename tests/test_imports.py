@@ -29,6 +29,7 @@ ONLY = {
     "models": {"ops", "params", "weights", "errors"},
     "losses": {"errors", "metrics", "ops.logprobs"},
     "data": {"errors"},
+    "rewards": {"errors", "lookup"},
 }
 NEVER = {"torch", "trl", "peft", "bitsandbytes", "tests"}
 

@@ -133,7 +133,9 @@ def test_slots_that_are_refilled_change_nothing(group: int) -> None:
 def test_on_eight_devices_it_draws_the_same() -> None:
     mesh = make_mesh()
     assert mesh.size == 8
-    same(complete(PROMPTS * 4, FREE, mesh=mesh, seed=2, group=2), complete(PROMPTS * 4, FREE, seed=2, group=2))
+    same(
+        complete(PROMPTS * 4, FREE, mesh=mesh, seed=2, group=2), complete(PROMPTS * 4, FREE, seed=2, group=2)
+    )
 
 
 def test_a_stop_token_ends_its_row_and_is_kept() -> None:

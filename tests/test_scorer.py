@@ -105,8 +105,8 @@ def test_a_score_does_not_depend_on_what_is_scored_beside_it(plain: Path) -> Non
     np.testing.assert_allclose(together[3:4], alone, rtol=0, atol=CLOSE)
 
 
-def test_rows_are_one_bucket_long_and_programs_few(plain: Path) -> None:
-    # A word and its space are one or two tokens of this tokenizer, so 9 and 49 words lie in the first two buckets.
+def test_rows_are_as_long_as_a_bucket_and_like_goes_with_like(plain: Path) -> None:
+    # "q" is a token each time. By length 1, 33, 64 and 65: the first eight rows and the last eight make a chunk each.
     model = scorer(plain)
     shapes: list[tuple[int, ...]] = []
     compiled: Callable[..., jax.Array] = model._scores
@@ -116,7 +116,7 @@ def test_rows_are_one_bucket_long_and_programs_few(plain: Path) -> None:
         return compiled(params, tokens, lengths)
 
     model._scores = watched  # type: ignore[assignment]
-    texts: list[Said] = [" blue" * words for words in (64, 1, 65, 33) * 4]
+    texts: list[Said] = ["q" * length for length in (65, 1, 64, 33) * 4]
     model([""] * 16, texts)
     assert shapes == [(8, 64), (8, 128)]
 

@@ -150,7 +150,9 @@ class Options(RolloutConfig):
         def loss(params: Params, batch: Batch) -> Any:
             scores = completion_scores(model, params, batch, self.temperature)
             given = {
-                name: batch[name] for name in ("old_logps", "ref_logps", "sampler_logps", "items") if name in batch
+                name: batch[name]
+                for name in ("old_logps", "ref_logps", "sampler_logps", "items")
+                if name in batch
             }
             metrics = grpo_metrics(
                 scores.logp, scores.entropy, batch["mask"], batch["advantages"], settings, **given

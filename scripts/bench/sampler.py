@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would slow down what runs beside them
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # torch's idle threads would slow down what runs beside them
 
 import jax
 import torch
@@ -52,9 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer: Any = load_tokenizer(args.model)
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    prompts = [
-        tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns
-    ]
+    prompts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns]
     model = build(read_config(args.model))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = load_params(args.model, model.specs, dtype="float32", sharding=lambda path: place)

@@ -256,8 +256,8 @@ def test_what_is_not_built_is_accepted_and_then_refused(load_stage: Load, line: 
     {"mesh": {"fsdp": 2}}, {"zero_stage": 1}, {"deepspeed": "x.json"},
     {"model": {"model_name_or_path": "m", "model_type": "vlm"}},
     {"model": {"model_name_or_path": "m", "dtype": "fp16"}},
-    {"stages": [{"stage_type": "ppo", "reward_function": "a:b"}]},
-    {"stages": [{"stage_type": "grpo", "reward_function": "a:b"}]},
+    {"stages": [{"stage_type": "ppo", "reward_function": "a:b", "value_model_path": "x"}]},
+    {"stages": [{"stage_type": "grpo", "reward_function": "a:b", "entropy_coef": 0.1}]},
 ])  # fmt: skip
 def test_no_feature_to_come_is_let_through(load_tables: Load, tables: dict[str, object]) -> None:
     config = load_tables(**tables)
