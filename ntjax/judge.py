@@ -76,13 +76,14 @@ class Verdict:
         return found | logged
 
     def totals(self, weights: Sequence[float] | None) -> np.ndarray:
-        """[N] the weighted sums; those after the weights given count once."""
-        all_ = np.ones(self.scores.shape[1])
-        all_[: len(weights or ())] = weights or ()
-        return np.nansum(self.scores * all_, axis=1)
+        """[N] the weighted sums, NaN where nothing judged; columns after the weights given count once."""
+        each = np.ones(self.scores.shape[1])
+        each[: len(weights or ())] = weights or ()
+        unjudged = np.isnan(self.scores).all(axis=1)
+        return np.where(unjudged, np.nan, np.nansum(self.scores * each, axis=1))
 
     def picked(self, rows: Sequence[int]) -> Verdict:
-        """That on some of the completions; what was logged stays with those that are picked first."""
+        """That on some of the completions."""
         extra = {name: [column[row] for row in rows] for name, column in self.extra.items()}
         return Verdict(self.labels, self.scores[list(rows)], extra, self.logged, self.failures)
 

@@ -8,30 +8,28 @@ Axes: N completions of a window, T time of prompt and completion, C time of comp
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ntjax.data.loader import rounded
-from ntjax.data.prompts import Prompt
 from ntjax.feed import Fed, Questions
 from ntjax.judge import Verdict, rewarded
 from ntjax.mesh import place_batch
 from ntjax.metrics import Mean, Metrics, append_lines
 from ntjax.params import Params
 from ntjax.prepare import Setup
-from ntjax.sampler import Completion, Sampler
+from ntjax.sampler import Sampler
 from ntjax.stages.rollout import RolloutConfig
 from ntjax.step import Join
+from ntjax.window import Drawn, difference, length_metrics, packed, unpacked, window_arrays
 
 COMPLETIONS = "completions.jsonl"
 SHOWN = 3  # completions that log_completions shows of a window
@@ -44,33 +42,6 @@ class Weights(NamedTuple):
     trainable: Params
     frozen: Params
     reference: Params | None
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Completions of some prompts, `group` of each, and what will be said of them."""
-
-    numbers: list[int]  # the prompt of each completion
-    completions: list[Completion]
-    texts: list[str]
-    verdict: Callable[[], Verdict]
-
-    def picked(self, rows: Sequence[int], verdict: Verdict) -> Drawn:
-        """Some of the completions, with the verdict on all."""
-        return Drawn(
-            [self.numbers[row] for row in rows],
-            [self.completions[row] for row in rows],
-            [self.texts[row] for row in rows],
-            lambda: verdict.picked(rows),
-        )
-
-    def __add__(self, other: Drawn) -> Drawn:
-        return Drawn(
-            self.numbers + other.numbers,
-            self.completions + other.completions,
-            self.texts + other.texts,
-            lambda: self.verdict() + other.verdict(),
-        )
 
 
 class Rollouts:
@@ -113,19 +84,19 @@ class Rollouts:
 
     def _feed(self, start: int, position: dict[str, Any]) -> Iterator[Fed]:
         at = dict(position)
-        packed, used = at.pop("left", None), at.pop("used", self.shape.steps)
-        arrays = _unpacked(packed)
+        left_over, used = at.pop("left", None), at.pop("used", self.shape.steps)
+        arrays = unpacked(left_over)
         if at["rewards"] is not None:
             self.judge.load_state(at["rewards"])
         for step in range(start, self.steps):
             metrics: Metrics = {}
             if used == self.shape.steps:
                 arrays, metrics, at = self._window(at, step)
-                used, packed = 0, _packed(arrays) if self.shape.steps > 1 else None
+                used, left_over = 0, packed(arrays) if self.shape.steps > 1 else None
             rows = self.questions.order(at["window"] - 1)[used]
             used += 1
             batch = {name: array[rows] for name, array in arrays.items()}
-            left = {"left": packed, "used": used} if used < self.shape.steps else {}
+            left = {"left": left_over, "used": used} if used < self.shape.steps else {}
             tokens = int((batch["segments"] > 0).sum())
             self.trained_tokens += tokens
             epoch = (step + 1) / self.steps_per_epoch
@@ -151,8 +122,8 @@ class Rollouts:
         arrays |= self._scores(arrays, policy)  # the devices work while the rewards are computed
         verdict = drawn.verdict()
         judged = self.stage.judged(arrays, verdict.scores, at["state"])
-        lengths = self._lengths(drawn.completions)
-        metrics = verdict.metrics | judged.metrics | lengths | speed | _difference(arrays)
+        lengths = length_metrics(drawn.completions)
+        metrics = verdict.metrics | judged.metrics | lengths | speed | difference(arrays)
         self._record(drawn, verdict, judged, step + 1)
         arrays |= judged.arrays
         if "old_logps" in arrays:
@@ -208,9 +179,9 @@ class Rollouts:
             rewards = verdict.totals(self.stage.reward_weights).reshape(-1, group)
             varied = rewards.max(axis=1) > rewards.min(axis=1)
             rows = np.arange(rewards.size).reshape(-1, group)
-            useful, useless = (
-                drawn.picked(rows[which].ravel().tolist(), verdict) for which in (varied, ~varied)
-            )
+            useful = drawn.picked(rows[varied].ravel().tolist(), verdict)
+            told_once = replace(verdict, logged={}, failures=())
+            useless = drawn.picked(rows[~varied].ravel().tolist(), told_once)
             kept = useful if kept is None else kept + useful
             spare = useless if spare is None else spare + useless
             missing = (wanted - len(kept.numbers)) // group
@@ -268,24 +239,13 @@ class Rollouts:
         verdict = drawn.verdict()
         totals = verdict.totals(self.stage.reward_weights)
         reward = {"reward": Mean(float(np.nansum(totals)), float((~np.isnan(totals)).sum()))}
-        return verdict.metrics | reward | self._lengths(drawn.completions)
+        return verdict.metrics | reward | length_metrics(drawn.completions)
 
     def _sampler(self, *, evaluating: bool = False) -> Sampler:
         setup = self.setup
         sampling = self.stage.sampling(setup.stop_ids, evaluating=evaluating)
         slots = self.stage.sampler_slots * setup.mesh.size
         return Sampler(setup.model, sampling, slots=slots, mesh=setup.mesh, tokenizer=setup.tokenizer)
-
-    def _lengths(self, completions: Sequence[Completion]) -> Metrics:
-        """TRL's metrics of lengths, in tokens."""
-        lengths = np.array([len(completion.tokens) for completion in completions])
-        stopped = np.array([completion.finished == "stop" for completion in completions])
-        ended = lengths[stopped] if stopped.any() else np.zeros(1)
-        one: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
-        named = {f"completions/{name}_length": f(lengths) for name, f in one.items()}
-        named |= {f"completions/{name}_terminated_length": f(ended) for name, f in one.items()}
-        named["completions/clipped_ratio"] = 1 - stopped.mean()
-        return {name: Mean(float(value), 1.0) for name, value in named.items()}
 
     def _record(self, drawn: Drawn, verdict: Verdict, judged: Any, step: int) -> None:
         """The window's lines of completions.jsonl; some of them are shown, where that is asked for."""
@@ -318,44 +278,6 @@ class Rollouts:
             log.info("%s", json.dumps(shown, ensure_ascii=False, default=str))
 
 
-def window_arrays(
-    prompts: Sequence[Prompt], completions: Sequence[Completion], prompt_time: int, time_: int, pad_id: int
-) -> dict[str, np.ndarray]:
-    """`tokens`, `segments`, `positions` [N, prompt_time + time_] with each prompt's completion right after it, and
-    `start` [N]; `mask`, `sampler_logps` [N, time_] of completions; `stopped`, `lengths` [N]."""
-    count, length = len(prompts), prompt_time + time_
-    arrays = {
-        "tokens": np.full((count, length), pad_id, np.int32),
-        "segments": np.zeros((count, length), np.int32),
-        "positions": np.zeros((count, length), np.int32),
-        "start": np.zeros(count, np.int32),
-        "mask": np.zeros((count, time_), np.bool_),
-        "sampler_logps": np.zeros((count, time_), np.float32),
-        "stopped": np.array([completion.finished == "stop" for completion in completions]),
-        "lengths": np.array([len(completion.tokens) for completion in completions]),
-    }
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        start, new = len(prompt.tokens), len(completion.tokens)
-        arrays["tokens"][row, : start + new] = [*prompt.tokens, *completion.tokens]
-        arrays["segments"][row, : start + new] = 1
-        arrays["positions"][row, : start + new] = np.arange(start + new)
-        arrays["start"][row] = start
-        arrays["mask"][row, :new] = True
-        arrays["sampler_logps"][row, :new] = completion.logprobs
-    return arrays
-
-
-def _difference(arrays: Mapping[str, np.ndarray]) -> Metrics:
-    """How far the trainer's log-probs are from the sampler's, where both are known before a step."""
-    if "old_logps" not in arrays:
-        return {}
-    gap, mask = np.abs(arrays["old_logps"] - arrays["sampler_logps"]), arrays["mask"]
-    return {
-        "sampler/logprob_diff": Mean(float((gap * mask).sum()), float(mask.sum())),
-        "sampler/logprob_diff_max": Mean(float((gap * mask).max()), 1.0),
-    }
-
-
 def _over_microbatches(score: Callable[[Params, Any], Any] | None, join: Join) -> Any:
     """(trainable, frozen, microbatches) -> what `score` says of each; compiled."""
     if score is None:
@@ -384,17 +306,3 @@ def _everyone(array: jax.Array) -> np.ndarray:
 
 def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _packed(arrays: Mapping[str, np.ndarray]) -> str:
-    """Arrays as text, for a checkpoint's JSON."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _unpacked(packed: str | None) -> dict[str, np.ndarray]:
-    if packed is None:
-        return {}
-    with np.load(io.BytesIO(base64.b64decode(packed))) as arrays:
-        return dict(arrays)

@@ -65,9 +65,9 @@ def grpo_metrics(
     the same in all of them, as in TRL. A completion whose mask is all false is still counted where completions are.
     """
     # Before any exp: what padding would get may be so unlikely that it overflows.
-    logp, ref_logps, sampler_logps, old_logps = (
-        None if each is None else jnp.where(mask, each, 0)
-        for each in (logp, ref_logps, sampler_logps, old_logps)
+    logp = jnp.where(mask, logp, 0)
+    old_logps, ref_logps, sampler_logps = (
+        None if each is None else jnp.where(mask, each, 0) for each in (old_logps, ref_logps, sampler_logps)
     )
     mask = mask.astype(jnp.float32)
     advantage = advantages[:, None]

@@ -56,7 +56,11 @@ def ppo_metrics(
     vf_coef: float,
 ) -> Metrics:
     """The clipped losses of policy and values (arXiv:1707.06347, eq. 7 and 9), means over the tokens of a step, with
-    TRL's metrics; all [B, C]."""
+    TRL's metrics; all [B, C].
+
+    Metrics are of tokens: TRL's means of the KL divergence, entropies and ratios count padding too, and its
+    val/ratio_var is that of microbatches' means.
+    """
     mask = mask.astype(jnp.float32)
     tokens = mask.sum()
     gap = (logp - old_logps) * mask

@@ -1,0 +1,110 @@
+"""A window of completions on the host: who drew what, the arrays the model reads, and both as text for a checkpoint.
+
+Axes: N completions, T time of prompt and completion, C time of completions.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ntjax.data.prompts import Prompt
+from ntjax.judge import Verdict
+from ntjax.metrics import Mean, Metrics
+from ntjax.sampler import Completion
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Completions of some prompts, `group` of each, and what will be said of them."""
+
+    numbers: list[int]  # the prompt of each completion
+    completions: list[Completion]
+    texts: list[str]
+    verdict: Callable[[], Verdict]
+
+    def picked(self, rows: Sequence[int], verdict: Verdict) -> Drawn:
+        """Some of the completions, with the verdict on all."""
+        return Drawn(
+            [self.numbers[row] for row in rows],
+            [self.completions[row] for row in rows],
+            [self.texts[row] for row in rows],
+            lambda: verdict.picked(rows),
+        )
+
+    def __add__(self, other: Drawn) -> Drawn:
+        return Drawn(
+            self.numbers + other.numbers,
+            self.completions + other.completions,
+            self.texts + other.texts,
+            lambda: self.verdict() + other.verdict(),
+        )
+
+
+def window_arrays(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], prompt_time: int, time_: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    """`tokens`, `segments`, `positions` [N, prompt_time + time_] with each prompt's completion right after it, and
+    `start` [N]; `mask`, `sampler_logps` [N, time_] of completions; `stopped`, `lengths` [N]."""
+    count, length = len(prompts), prompt_time + time_
+    arrays = {
+        "tokens": np.full((count, length), pad_id, np.int32),
+        "segments": np.zeros((count, length), np.int32),
+        "positions": np.zeros((count, length), np.int32),
+        "start": np.zeros(count, np.int32),
+        "mask": np.zeros((count, time_), np.bool_),
+        "sampler_logps": np.zeros((count, time_), np.float32),
+        "stopped": np.array([completion.finished == "stop" for completion in completions]),
+        "lengths": np.array([len(completion.tokens) for completion in completions]),
+    }
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        start, new = len(prompt.tokens), len(completion.tokens)
+        arrays["tokens"][row, : start + new] = [*prompt.tokens, *completion.tokens]
+        arrays["segments"][row, : start + new] = 1
+        arrays["positions"][row, : start + new] = np.arange(start + new)
+        arrays["start"][row] = start
+        arrays["mask"][row, :new] = True
+        arrays["sampler_logps"][row, :new] = completion.logprobs
+    return arrays
+
+
+def length_metrics(completions: Sequence[Completion]) -> Metrics:
+    """TRL's metrics of the lengths of completions, in tokens."""
+    lengths = np.array([len(completion.tokens) for completion in completions])
+    stopped = np.array([completion.finished == "stop" for completion in completions])
+    ended = lengths[stopped] if stopped.any() else np.zeros(1)
+    one: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "min": np.min, "max": np.max}
+    named = {f"completions/{name}_length": f(lengths) for name, f in one.items()}
+    named |= {f"completions/{name}_terminated_length": f(ended) for name, f in one.items()}
+    named["completions/clipped_ratio"] = 1 - stopped.mean()
+    return {name: Mean(float(value), 1.0) for name, value in named.items()}
+
+
+def difference(arrays: Mapping[str, np.ndarray]) -> Metrics:
+    """How far the trainer's log-probs are from the sampler's, where both are known before a step."""
+    if "old_logps" not in arrays:
+        return {}
+    gap, mask = np.abs(arrays["old_logps"] - arrays["sampler_logps"]), arrays["mask"]
+    return {
+        "sampler/logprob_diff": Mean(float((gap * mask).sum()), float(mask.sum())),
+        "sampler/logprob_diff_max": Mean(float((gap * mask).max()), 1.0),
+    }
+
+
+def packed(arrays: Mapping[str, np.ndarray]) -> str:
+    """Arrays as text, for a checkpoint's JSON."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def unpacked(packed: str | None) -> dict[str, np.ndarray]:
+    if packed is None:
+        return {}
+    with np.load(io.BytesIO(base64.b64decode(packed))) as arrays:
+        return dict(arrays)
