@@ -29,7 +29,8 @@ from ntjax.weights import einsum
 __all__ = ["Completion", "Prompt", "Sampler", "Sampling"]
 
 BUCKET = 32  # prompt and completion lengths are rounded up to this times a power of two: few programs
-STEPS = 16  # tokens that are decoded before the host looks
+STEPS = 32  # tokens that are decoded before the host looks, or fewer: until a quarter of the slots can be refilled
+READ = 2**14  # tokens of prompts that are read at once
 
 
 class Prompt(Protocol):
@@ -120,11 +121,15 @@ class Sampler:
         while len(found) < len(prompts):
             free = [slot for slot, number in enumerate(held) if number is None]
             taken = [(slot, *next_) for slot, next_ in zip(free, waiting, strict=False)]
-            if taken:
-                rows = [first_row + number * group for _, number, _ in taken]
-                state = programs.fill(params, state, *_padded(taken, rows, slots, time), seed)
+            most = max(READ // time, devices)
+            for part in (taken[at : at + most] for at in range(0, len(taken), most)):
+                rows = [first_row + number * group for _, number, _ in part]
+                count = min(slots, _doubled(len(part), devices))
+                state = programs.fill(params, state, *_padded(part, rows, count, slots, time), seed)
             held = _with(held, taken)
-            state, told = programs.decode(params, state)
+            # While prompts wait, a quarter of the slots; then all.
+            enough = max(1, slots // 4) if len(found) + slots < len(prompts) else slots
+            state, told = programs.decode(params, state, enough)
             read = Told(*map(np.array, jax.device_get(told)))
             state = self._stopped(state, read, held, group)
             for slot, number in enumerate(held):
@@ -222,6 +227,7 @@ def _programs(
         numbers: jax.Array,  # [N] of each prompt's first row
         seed: jax.Array,
     ) -> State:
+        ids, lengths = placed((ids, lengths), PartitionSpec("data"))
         places = jnp.broadcast_to(jnp.arange(time), ids.shape)
         at = Tokens(places, (places < lengths[:, None]).astype(jnp.int32))
         hidden, kept = model.prefill(params, ids, at)
@@ -267,7 +273,7 @@ def _programs(
         )
 
     @partial(jax.jit, donate_argnums=1)
-    def decode(params: Params, state: State) -> tuple[State, Any]:
+    def decode(params: Params, state: State, enough: jax.Array) -> tuple[State, Any]:
         head, layers = model.head(params), model.layers(params)
         stops = jnp.asarray(sampling.stop_ids or (-1,))
         numbers = jnp.arange(rows)
@@ -300,8 +306,11 @@ def _programs(
                 )
             )
 
-        steps = jnp.zeros((), jnp.int32)
-        _, state = jax.lax.while_loop(lambda c: (c[0] < STEPS) & ~jnp.all(c[1].done), body, (steps, state))
+        def goes_on(carry: tuple[jax.Array, State]) -> jax.Array:
+            free = carry[1].done.reshape(slots, group).all(axis=1).sum()
+            return (carry[0] < STEPS) & (free < enough)
+
+        _, state = jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), state))
         told = Told(state.count, state.done, state.tokens, state.logprobs)
         return state, placed(told, PartitionSpec())
 
@@ -309,10 +318,9 @@ def _programs(
 
 
 def _padded(
-    part: Sequence[tuple[int, int, Prompt]], rows: Sequence[int], slots: int, time: int
+    part: Sequence[tuple[int, int, Prompt]], rows: Sequence[int], count: int, slots: int, time: int
 ) -> tuple[np.ndarray, ...]:
-    """Arrays for `fill`, for a power of two of prompts, so that few programs are compiled."""
-    count = min(slots, _doubled(len(part), 1))
+    """Arrays for `fill`, of `count` prompts: those past the last go nowhere."""
     ids = np.zeros((count, time), np.int32)
     lengths, into = np.ones(count, np.int32), np.full(count, slots, np.int32)
     numbers = np.zeros(count, np.int32)

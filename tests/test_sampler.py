@@ -30,12 +30,12 @@ from ntjax.models import Model
 from ntjax.params import Params
 from ntjax.sampler import Completion, Sampler
 from tests.torch_reference import TINY, logits, pair, tokens
+from tests.trl_reference import smollm2_folder
 
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16], [20]]
 GREEDY = Sampling(max_new_tokens=20, temperature=0.0)
 DRAWN = Sampling(max_new_tokens=20, temperature=0.7, top_k=5, top_p=0.9)
 FREE = Sampling(max_new_tokens=20, temperature=0.7)
-SMOLLM2 = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 
 
 @cache
@@ -294,19 +294,18 @@ QUESTIONS = [
 
 
 @pytest.mark.slow
-def test_greedy_smollm2_is_transformers_token_for_token() -> None:
-    if not SMOLLM2.exists():
-        pytest.skip("scripts/demo imports the model")
+def test_greedy_smollm2_is_transformers_token_for_token(tmp_path: Path) -> None:
     from ntjax.hf.files import read_config
     from ntjax.hf.folder import load_params
     from ntjax.hf.tokenizer import load_tokenizer
     from ntjax.models import build
 
-    tokenizer: Any = load_tokenizer(SMOLLM2)
-    model = build(read_config(SMOLLM2))
+    folder = smollm2_folder(tmp_path / "smollm2")
+    tokenizer: Any = load_tokenizer(folder)
+    model = build(read_config(folder))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = load_params(SMOLLM2, model.specs, dtype="float32", sharding=lambda path: place)
-    theirs = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    params = load_params(folder, model.specs, dtype="float32", sharding=lambda path: place)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [
         tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) for turns in asked

@@ -16,7 +16,6 @@ from tests.cli import process
 from tests.cli.process import Result, Running, write_rows
 from tests.tiny import tiny_model
 
-ONE_DEVICE = {"XLA_FLAGS": ""}
 WORDS = ["sea", "sky", "blue", "wide", "Paris", "France", "capital", "one", "two", "three"]
 STAGE = {
     "stage_type": "sft",
@@ -50,8 +49,10 @@ def begin(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     """begin("train", "--config", ...): a command that is running, on one device unless `env` says otherwise."""
     prints, numbers = tmp_path_factory.mktemp("prints"), itertools.count()
 
-    def begin(*args: object, env: dict[str, str] = ONE_DEVICE) -> Running:
-        return process.start(place, tuple(map(str, args)), env, prints / str(next(numbers)))
+    def begin(*args: object, env: dict[str, str] | None = None) -> Running:
+        return process.start(
+            place, tuple(map(str, args)), env or process.devices(1), prints / str(next(numbers))
+        )
 
     return begin
 
@@ -60,7 +61,7 @@ def begin(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 def ntjax(begin: Callable[..., Running]) -> Callable[..., Result]:
     """ntjax("train", "--config", ...): how the command ended."""
 
-    def ntjax(*args: object, env: dict[str, str] = ONE_DEVICE) -> Result:
+    def ntjax(*args: object, env: dict[str, str] | None = None) -> Result:
         return begin(*args, env=env).wait()
 
     return ntjax

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -70,6 +71,12 @@ class Running:
         code = self.process.exitcode
         assert code is not None, f"still running after {PATIENCE} s"
         return Result(code, *(file.read_text() for file in self.files))
+
+
+def devices(count: int) -> dict[str, str]:
+    """The environment of a command that sees so many devices; code is compiled for it as for the tests."""
+    several = f"device_count={count}"
+    return {"XLA_FLAGS": re.sub(r"device_count=\d+", several, os.environ["XLA_FLAGS"])}
 
 
 def start(folder: Path, args: tuple[str, ...], env: Mapping[str, str], prints: Path) -> Running:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.process import Result, cold, losses, write_rows
-
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+from tests.cli.process import Result, cold, devices, losses, write_rows
 
 
 @pytest.mark.slow
@@ -18,7 +16,7 @@ def test_eight_devices_lose_what_one_does_and_one_takes_over(
     ntjax: Callable[..., Result], config: Callable[..., Path], latest: Callable[[str], Path]
 ) -> None:
     one, eight = config("one", per_device_train_batch_size=8), config("eight", per_device_train_batch_size=1)
-    for path, env in ((one, {"XLA_FLAGS": ""}), (eight, EIGHT)):
+    for path, env in ((one, devices(1)), (eight, devices(8))):
         ended = ntjax("train", "--config", path, env=env)
         assert ended.code == 0, ended.err
     stages = {task: latest(task) / "sft_stage" for task in ("one", "eight")}
@@ -45,7 +43,7 @@ def test_the_step_is_compiled_once_a_bucket(place: Path, config: Callable[..., P
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 10},
         dataset={"dataset_path": "buckets.jsonl", "max_length": 256, "shuffle": False},
     )
-    ended = cold(place, ("train", "--config", str(path)), {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": ""})
+    ended = cold(place, ("train", "--config", str(path)), {"JAX_LOG_COMPILES": "1", **devices(1)})
     assert ended.code == 0, ended.err
     compiled = re.findall(r"Compiling jit\(step\) with global shapes", ended.err)
     assert len(compiled) == 2

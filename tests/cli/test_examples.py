@@ -1,4 +1,4 @@
-"""The familiar config on a real model, unchanged but for the model's path and its number of steps."""
+"""Configs that are shipped, on a real model or on the tiny one, unchanged but for the model's path and steps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.cli.process import metrics
+from tests.tiny import tiny_model
 from tests.trl_reference import smollm2_folder
 
 ROOT = Path(__file__).parents[2]
@@ -38,3 +39,24 @@ def test_the_familiar_example_runs_on_a_real_model(tmp_path: Path) -> None:
         _, report = AutoModelForCausalLM.from_pretrained(run / stage, output_loading_info=True)
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert (run / stage / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_chain_runs_on_a_tiny_model(tmp_path: Path) -> None:
+    config = ROOT / "configs" / "full_rlhf_pipeline.toml"
+    changed = [f"model.model_name_or_path={tiny_model(tmp_path / 'tiny')}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ntjax.train", "--config", config, "--output-dir", tmp_path, *changed],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "full_rlhf" / "latest"
+    for kind in ("pretrain", "sft", "reward", "dpo", "ppo", "grpo"):
+        assert (run / f"{kind}_stage" / "adapter" / "adapter_model.safetensors").exists()
+    assert "rewards/reward_stage/mean" in metrics(run / "ppo_stage")[0]
+    assert {"rewards/last_number/mean", "rewards/length/mean"} <= metrics(run / "grpo_stage")[0].keys()
+    _, report = AutoModelForCausalLM.from_pretrained(run / "grpo_stage", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.process import Result, cold, write_rows
+from tests.cli.process import Result, cold, devices, write_rows
 from tests.tiny import tiny_tokenizer
 
 TURNS = [
@@ -130,7 +130,7 @@ def test_a_command_from_nothing_prints_the_same(
     ntjax: Callable[..., Result], place: Path, chats: Path
 ) -> None:
     args = "inspect", "--config", str(chats), "--json"
-    ended = cold(place, args, {"XLA_FLAGS": ""})
+    ended = cold(place, args, devices(1))
     assert ended.code == 0, ended.err
     assert ended.out == ntjax(*args).out
 
