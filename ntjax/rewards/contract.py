@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,10 @@ from ntjax import lookup
 from ntjax.errors import ConfigError, UserCodeError
 
 OWN, TRL = "responses", "completions"
+# Frames in these are not where a person's mistake is; those of installed packages are told by their folder's name.
+NOT_THEIRS = (Path(__file__).parents[1], Path(sysconfig.get_path("stdlib")))
+# One loop for all calls, as in TRL: a client that a coroutine keeps belongs to the loop it was made in.
+LOOP = asyncio.Runner()
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Answer:
-    """A reward a row, NaN where it abstains; what the function logged beside; or, in `wrong`, what it did wrong."""
+    """A reward a row, NaN where it abstains; what the function logged beside; or, in `wrong`, what it did wrong.
+
+    `late` where that is to take too long, `astray` where it is to ask for what there isn't.
+    """
 
     scores: list[float] = field(default_factory=list)
     extra: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     wrong: str = ""
+    late: bool = False
+    astray: bool = False
 
 
 def find(name: str, folder: Path, where: str | None) -> Callable[..., Any]:
@@ -66,10 +76,7 @@ def find(name: str, folder: Path, where: str | None) -> Callable[..., Any]:
     own = ":" in name.split("(")[0]
     found: Any = lookup.function(name, folder, where) if own else ready.find(name, folder, where)
     if inspect.isclass(found):
-        try:
-            found = found()
-        except Exception as error:
-            raise UserCodeError(f"{name}: {_blame(error)}", where=where) from None
+        found = _made(found, name, where)
     names = inspect.signature(found).parameters
     if not {OWN, TRL} & set(names) and not _open(names):
         raise ConfigError(
@@ -78,6 +85,20 @@ def find(name: str, folder: Path, where: str | None) -> Callable[..., Any]:
             fix="write f(prompts, responses), or f(prompts, completions, **kwargs) as for TRL",
         )
     return found
+
+
+def _made(kind: type, name: str, where: str | None) -> Callable[..., Any]:
+    """An object of a class, which is to need nothing to be made and to be callable."""
+    asked = [key for key, value in inspect.signature(kind).parameters.items() if _required(value)]
+    wrong = f"needs {', '.join(asked)} to be made" if asked else "has no __call__"
+    if asked or not any("__call__" in vars(each) for each in kind.__mro__):
+        raise ConfigError(
+            f"{name} is a class that {wrong}", where=where, fix="name a function, or an object that is called"
+        )
+    try:
+        return kind()  # type: ignore[no-any-return]
+    except Exception as error:
+        raise UserCodeError(f"{name}: {blame(error)}", where=where) from None
 
 
 def label(function: Any) -> str:
@@ -96,10 +117,10 @@ def call(function: Callable[..., Any], batch: Batch, folder: Path) -> Answer:
         "completions": batch.completions,
         "completion_ids": batch.completion_ids,
         "trainer_state": SimpleNamespace(**batch.state),
-        "log_extra": extra.__setitem__,
+        "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
         "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
-        **batch.columns,
     }
+    given = {**batch.columns, **given}
     names = inspect.signature(function).parameters
     if OWN in names:
         given |= {"prompts": [_text(p) for p in batch.prompts], OWN: [_text(c) for c in batch.completions]}
@@ -107,15 +128,20 @@ def call(function: Callable[..., Any], batch: Batch, folder: Path) -> Answer:
         given = {name: value for name, value in given.items() if name in names}
     elif OWN in names:
         del given["completions"]
+    absent = [name for name, parameter in names.items() if _required(parameter) and name not in given]
+    if absent:
+        there = ", ".join(batch.columns) or "no other"
+        wrong = f"it takes {', '.join(absent)}, which the data don't have; their columns: {there}"
+        return Answer(wrong=wrong, astray=True)
     try:
         back = function(**given)
         if inspect.isawaitable(back):
-            back = asyncio.run(_awaited(back))
+            back = LOOP.run(_awaited(back))
         scores = _scores(back, len(batch.prompts))
     except _WrongError as error:
         return Answer(wrong=str(error))
     except (Exception, SystemExit) as error:
-        return Answer(wrong=_blame(error))
+        return Answer(wrong=blame(error))
     short = {name: values for name, values in extra.items() if len(values) != len(scores)}
     if short:
         name, values = next(iter(short.items()))
@@ -129,7 +155,7 @@ class _WrongError(Exception):
 
 def _scores(back: Any, count: int) -> list[float]:
     allowed = f"allowed is a list of {count} numbers, None where it abstains"
-    if isinstance(back, str | bytes | Mapping) or not isinstance(back, Iterable):
+    if isinstance(back, str | bytes | Mapping | Set) or not isinstance(back, Iterable):
         raise _WrongError(f"it returned {_shown(back)}; {allowed}")
     if getattr(back, "ndim", 1) == 0:
         raise _WrongError(f"it returned a single number, {_shown(back)}; {allowed}")
@@ -151,13 +177,24 @@ def _number(value: Any, row: int, allowed: str) -> float:
     return number
 
 
-def _blame(error: BaseException) -> str:
-    """Type, message and the line of user code: the innermost that isn't ours or a library's."""
+def blame(error: BaseException) -> str:
+    """Type, message and the line of user code: the innermost that isn't ours, Python's or a library's."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = Path(__file__).parents[1]
-    theirs = [f for f in frames if own not in Path(f.filename).parents and "site-packages" not in f.filename]
-    last = (theirs or frames)[-1]
+    last = ([frame for frame in frames if _is_theirs(frame.filename)] or frames)[-1]
     return f"it raised {type(error).__name__} at {last.filename}:{last.lineno}: {error}"
+
+
+def _is_theirs(file: str) -> bool:
+    path = Path(file)
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return (
+        not installed and not file.startswith("<") and not any(path.is_relative_to(own) for own in NOT_THEIRS)
+    )
+
+
+def _required(parameter: inspect.Parameter) -> bool:
+    variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variable
 
 
 def _open(names: Mapping[str, inspect.Parameter]) -> bool:

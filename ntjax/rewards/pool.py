@@ -9,6 +9,7 @@ Axes: N completions, F functions.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -25,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from ntjax.errors import UserCodeError, UserError
+from ntjax import errors
+from ntjax.errors import ConfigError, UserCodeError
 from ntjax.rewards.contract import Answer, Batch
 
 KEPT = 64  # pieces of 1 kB of what a function prints
@@ -50,7 +52,7 @@ class Worker:
         self.name, self.folder, self.where = name, folder, where
         self.saved: Any = None
         self.number = 0
-        self.printed: deque[bytes] = deque(maxlen=KEPT)
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
         self.start()
 
     def start(self) -> None:
@@ -72,37 +74,44 @@ class Worker:
         self.requests = Connection(ours[1], readable=False)
         self.answers = Connection(theirs[0], writable=False)
         # Read all the time: a full pipe would stop a function that prints.
+        self.printed: deque[bytes] = deque(maxlen=KEPT)
         self.ear = threading.Thread(target=_listen, args=(self.process.stdout, self.printed), daemon=True)
         self.ear.start()
-        self.found = False
+        self.found, self.runs = False, True
 
     def label(self) -> str:
         """The function's name, once it is found; raises what finding it raised."""
-        answer = self._answer(0, START)
-        if isinstance(answer, Answer):
-            raise UserCodeError(f"{self.name}: {answer.wrong}", where=self.where)
-        if isinstance(answer, UserError):
-            raise answer
+        told = self._told(0, START)
+        if isinstance(told, Answer):
+            raise UserCodeError(f"{self.name}: {told.wrong}", where=self.where)
+        if "error" in told:
+            kind, message, where, fix = told["error"]
+            raise getattr(errors, kind)(message, where=where, fix=fix)
         self.found = True
-        return answer
+        return str(told["label"])
+
+    def submit(self, kind: str, given: Any, timeout: float) -> Future[Any]:
+        """`ask`, after what was asked before and beside the caller."""
+        return self.thread.submit(self.ask, kind, given, timeout)
 
     def ask(self, kind: str, given: Any, timeout: float) -> Any:
-        """The function's answer; an `Answer` that says what went wrong where there is none in time."""
-        if self.process.poll() is not None:
+        """The function's answer, or its state; an `Answer` that says what went wrong where there is none in time."""
+        if self.runs and self.process.poll() is not None:
+            self.kill()
+        if not self.runs:
             self.start()
         if not self.found:
             self.label()
-            if self.saved is not None:
-                self.ask("load", self.saved, timeout)
-        self.number += 1
-        try:
-            self.requests.send((self.number, kind, given))
-        except OSError:
-            return self._ended()
-        return self._answer(self.number, timeout)
+            loaded = self._asked("load", self.saved, timeout) if self.saved is not None else Answer()
+            if loaded.wrong:
+                return loaded
+        return self._asked(kind, given, timeout)
 
     def kill(self) -> None:
         """Ends the process and all that it started."""
+        if not self.runs:
+            return
+        self.runs = False
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -110,18 +119,37 @@ class Worker:
         self.requests.close()
         self.answers.close()
 
-    def _answer(self, number: int, timeout: float) -> Any:
+    def close(self) -> None:
+        """Ends the process for good."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        self.kill()
+
+    def _asked(self, kind: str, given: Any, timeout: float) -> Any:
+        self.number += 1
+        try:
+            self.requests.send((self.number, kind, given))
+        except OSError:
+            return self._ended()
+        told = self._told(self.number, timeout)
+        if isinstance(told, Answer):
+            return told
+        return told["state"] if "state" in told else Answer(**told["answer"])
+
+    def _told(self, number: int, timeout: float) -> Any:
+        """What the process says to the request of this number; an `Answer` where it says nothing."""
         try:
             if not self.answers.poll(timeout):
                 self.kill()
-                return Answer(wrong=f"it took longer than {timeout:g} s")
-            told, answer = self.answers.recv()
+                return Answer(wrong=f"it took longer than {timeout:g} s", late=True)
+            told = json.loads(self.answers.recv_bytes())
         except (EOFError, OSError):
             return self._ended()
-        assert told == number, f"an answer to call {told}, not {number}"
-        return answer
+        assert told["number"] == number, f"an answer to call {told['number']}, not {number}"
+        return told
 
     def _ended(self) -> Answer:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)  # its own end, rather than the one it is put to
         self.kill()
         code = self.process.returncode
         how = f"exit code {code}" if code >= 0 else f"{signal.Signals(-code).name}"
@@ -165,7 +193,6 @@ class Rewards:
         self.where, self.timeout, self.on_error, self.budget = where, timeout, on_error, budget
         self.failed = 0
         self.workers = [Worker(name, folder, where) for name in names]
-        self.threads = ThreadPoolExecutor(max_workers=len(names), thread_name_prefix="reward")
         try:
             self.labels = [worker.label() for worker in self.workers]
         except BaseException:
@@ -173,21 +200,20 @@ class Rewards:
             raise
 
     def check(self, batch: Batch) -> None:
-        """Calls every function on the first rows of a batch; raises UserCodeError for what goes wrong.
+        """Calls every function on the first rows of a batch; raises UserCodeError for what goes wrong, ConfigError
+        where a function takes what the data don't have.
 
         A function that remembers (`state_dict`, `load_state_dict`) forgets this call.
         """
         for label, answer in zip(self.labels, self._ask("check", batch), strict=True):
             if answer.wrong:
                 self.close()
-                raise UserCodeError(
-                    f"reward {label}, tried out on two rows: {answer.wrong}", where=self.where
-                )
+                kind = ConfigError if answer.astray else UserCodeError
+                raise kind(f"reward {label}, tried out on two rows: {answer.wrong}", where=self.where)
 
     def submit(self, batch: Batch) -> Pending:
         """Sets all functions to work on a batch, each on the whole of it."""
-        futures = [self.threads.submit(worker.ask, "call", batch, self.timeout) for worker in self.workers]
-        return Pending(self, batch, futures)
+        return Pending(self, batch, [worker.submit("call", batch, self.timeout) for worker in self.workers])
 
     def scored(self, answers: Sequence[Answer], count: int) -> Scored:
         """Answers as arrays, or the error they are."""
@@ -202,46 +228,52 @@ class Rewards:
                 metrics.setdefault(name, []).extend(values)
             if answer.wrong:
                 failures.append(f"reward {label}: {answer.wrong}")
-        self._count(failures)
+                self._count(failures[-1], fatal=self.on_error == "raise" and not answer.late)
         return Scored(np.array(columns, np.float64).T, extra, metrics, failures)
 
-    def _count(self, failures: Sequence[str]) -> None:
-        for failure in failures:
-            self.failed += 1
-            late = "it took longer than" in failure
-            if (self.on_error == "raise" and not late) or self.failed > self.budget:
-                self.close()
-                often = f" (call {self.failed} that failed; {self.budget} may)" if self.failed > 1 else ""
-                raise UserCodeError(
-                    f"{failure}{often}",
-                    where=self.where,
-                    fix='mend the function; reward_errors = "mask" passes over what it can\'t judge, '
-                    "reward_timeout gives it more time",
-                )
-            log.warning("warning: %s; its rows count for nothing", failure)
-
     def state(self) -> dict[str, Any]:
-        """What the functions remember, by name: plain JSON."""
+        """What the functions remember, by name: plain JSON. Raises UserCodeError where it can't be had."""
         for worker, told in zip(self.workers, self._ask("state", None), strict=True):
-            worker.saved = None if isinstance(told, Answer) else told
+            if isinstance(told, Answer):
+                raise self._lost(f"{worker.name} was asked for its state_dict: {told.wrong}")
+            worker.saved = told
         return {worker.name: worker.saved for worker in self.workers if worker.saved is not None}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Functions go on from what they remembered."""
+        """Functions go on from what they remembered. Raises UserCodeError where one doesn't take it."""
         for worker in self.workers:
             if worker.name in state:
                 worker.saved = state[worker.name]
-                worker.ask("load", worker.saved, self.timeout)
+                told = worker.submit("load", worker.saved, self.timeout).result()
+                if told.wrong:
+                    raise self._lost(f"{worker.name} was given its state_dict: {told.wrong}")
 
     def close(self) -> None:
         """Ends the processes."""
         for worker in self.workers:
-            worker.kill()
-        self.threads.shutdown(wait=False, cancel_futures=True)
+            worker.close()
 
     def _ask(self, kind: str, given: Any) -> list[Any]:
-        futures = [self.threads.submit(worker.ask, kind, given, self.timeout) for worker in self.workers]
+        futures = [worker.submit(kind, given, self.timeout) for worker in self.workers]
         return [future.result() for future in futures]
+
+    def _count(self, failure: str, *, fatal: bool) -> None:
+        self.failed += 1
+        if not fatal and self.failed <= self.budget:
+            log.warning("warning: %s; its rows count for nothing", failure)
+            return
+        self.close()
+        often = f" (call {self.failed} that failed; {self.budget} may)" if self.failed > 1 else ""
+        raise UserCodeError(
+            f"{failure}{often}",
+            where=self.where,
+            fix='mend the function; reward_errors = "mask" passes over what it can\'t judge, '
+            "reward_timeout gives it more time",
+        )
+
+    def _lost(self, message: str) -> UserCodeError:
+        self.close()
+        return UserCodeError(message, where=self.where, fix="mend it, or take state_dict away")
 
 
 def _listen(stream: Any, printed: deque[bytes]) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 from ntjax.errors import ConfigError, InputMissing
 
-NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
+# A sign after a letter, a digit or a bracket is an operator: 7-5.
+NUMBER = r"(?:(?<![\w)\]])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 Reward = Callable[..., list[float | None]]
 
 

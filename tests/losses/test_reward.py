@@ -78,7 +78,7 @@ def test_extremes_of_microbatches_are_averaged_and_empty_ones_left_out() -> None
 def test_a_document_is_scored_at_its_marked_token() -> None:
     """Hidden states are (token, position); the head counts tokens 1 and positions 10."""
     model: Any = SimpleNamespace(
-        hidden=lambda params, ids, tokens: (jnp.stack([ids, tokens.positions], -1).astype(jnp.float32), None),
+        hidden=lambda params, ids, tokens: jnp.stack([ids, tokens.positions], -1).astype(jnp.float32),
         head=lambda params: params["score"],
     )
     batch = {
