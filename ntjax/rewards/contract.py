@@ -77,7 +77,7 @@ def find(name: str, folder: Path, where: str | None) -> Callable[..., Any]:
     found: Any = lookup.function(name, folder, where) if own else ready.find(name, folder, where)
     if inspect.isclass(found):
         found = _made(found, name, where)
-    names = inspect.signature(found).parameters
+    names = taken(found)
     if not {OWN, TRL} & set(names) and not _open(names):
         raise ConfigError(
             f"{name} takes {', '.join(names) or 'nothing'}",
@@ -96,9 +96,14 @@ def _made(kind: type, name: str, where: str | None) -> Callable[..., Any]:
             f"{name} is a class that {wrong}", where=where, fix="name a function, or an object that is called"
         )
     try:
-        return kind()  # type: ignore[no-any-return]
+        return kind()
     except Exception as error:
         raise UserCodeError(f"{name}: {blame(error)}", where=where) from None
+
+
+def taken(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters that a function has, by name."""
+    return inspect.signature(function).parameters
 
 
 def label(function: Any) -> str:
@@ -108,8 +113,8 @@ def label(function: Any) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def call(function: Callable[..., Any], batch: Batch, folder: Path) -> Answer:
-    """The function's answer on a batch; what it raises or gives back wrong is told, not raised."""
+def call(function: Callable[..., Any], names: Mapping[str, inspect.Parameter], batch: Batch) -> Answer:
+    """The answer of a function that takes `names`; what it raises or gives back wrong is told, not raised."""
     extra: dict[str, list[Any]] = {}
     metrics: dict[str, list[float]] = {}
     given = {
@@ -121,7 +126,6 @@ def call(function: Callable[..., Any], batch: Batch, folder: Path) -> Answer:
         "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
     }
     given = {**batch.columns, **given}
-    names = inspect.signature(function).parameters
     if OWN in names:
         given |= {"prompts": [_text(p) for p in batch.prompts], OWN: [_text(c) for c in batch.completions]}
     if not _open(names):

@@ -7,18 +7,18 @@ does.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import select
 import signal
 import threading
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from ntjax.errors import UserError
-from ntjax.rewards.contract import Answer, blame, call, find, label
+from ntjax.rewards.contract import Answer, blame, call, find, label, taken
 
 CHECKED = 2  # rows of a first call
 
@@ -34,40 +34,40 @@ def main(reads: int, writes: int, name: str, folder: str, where: str | None) -> 
         answers.send_bytes(_line(0, {"error": told}))
         return
     answers.send_bytes(_line(0, {"label": label(function)}))
-    mine = os.getpid()
+    names, mine = taken(function), os.getpid()
     while True:
         try:
             number, kind, given = requests.recv()
         except EOFError:
             return
-        answer = _served(number, function, kind, given, Path(folder))
+        answer = _served(number, function, names, kind, given)
         if os.getpid() != mine:  # a child that the function forked and never ended
             os._exit(0)
         answers.send_bytes(answer)
 
 
-def _served(number: int, function: Any, kind: str, given: Any, folder: Path) -> bytes:
+def _served(number: int, function: Any, names: Mapping[str, Any], kind: str, given: Any) -> bytes:
     try:
         if kind == "state":
             kept = function.state_dict() if hasattr(function, "state_dict") else None
             return _line(number, {"state": kept}, strict=True)
-        return _line(number, {"answer": dataclasses.asdict(_answer(function, kind, given, folder))})
+        return _line(number, {"answer": vars(_answer(function, names, kind, given))})
     except (Exception, SystemExit) as error:
         return _line(number, {"answer": {"wrong": blame(error)}})
 
 
-def _answer(function: Any, kind: str, given: Any, folder: Path) -> Answer:
+def _answer(function: Any, names: Mapping[str, Any], kind: str, given: Any) -> Answer:
     remembers = hasattr(function, "state_dict")
     if kind == "load":
         function.load_state_dict(given)
         return Answer()
     if kind == "check":
         before = function.state_dict() if remembers else None
-        answer = call(function, given.first(CHECKED), folder)
+        answer = call(function, names, given.first(CHECKED))
         if remembers:
             function.load_state_dict(before)
         return answer
-    return call(function, given, folder)
+    return call(function, names, given)
 
 
 def _line(number: int, said: dict[str, Any], *, strict: bool = False) -> bytes:

@@ -25,6 +25,9 @@ TIMED = {"tokens_per_second", "trained_tokens_per_second", "step_time", "eval_ru
 PRELOADED = (
     *("ntjax.trainer", "ntjax.pipeline", "ntjax.sampler", "ntjax.inspect", "ntjax.generate"),
     *("transformers.models.llama.configuration_llama", "transformers.tokenization_utils_tokenizers"),
+    *("transformers.models.auto.tokenization_auto", "jaxlib.mlir.dialects.mhlo", "ntjax.models.llama"),
+    *(f"ntjax.losses.{name}" for name in ("nll", "preference", "reward", "grpo", "ppo")),
+    *(f"ntjax.stages.{name}" for name in ("pretrain", "sft", "reward", "dpo", "grpo", "ppo")),
     *("orbax.checkpoint", "datasets", "grain", "safetensors", "rich.progress"),
 )
 PATIENCE = 120  # seconds
