@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ from ntjax.errors import ConfigError, UserCodeError
 from ntjax.rewards import Batch, Rewards
 
 MISBEHAVING = '''
-import math, os, re, sys, time
+import asyncio, ctypes, json, math, os, re, signal, sys, time
 
 def good(prompts, responses):
     return [float(len(text)) for text in responses]
@@ -32,6 +35,14 @@ def on(word):
 @on("bad")
 def raises(lengths):
     raise ValueError("no such luck")
+
+@on("bad")
+def raises_in_a_library(lengths):
+    return json.loads("{")
+
+@on("bad")
+def raises_like_a_timeout(lengths):
+    raise ValueError("it took longer than I thought")
 
 @on("bad")
 def nan(lengths):
@@ -62,6 +73,10 @@ def scalar(lengths):
     return 1.0
 
 @on("bad")
+def unordered(lengths):
+    return {1.0, 2.0}
+
+@on("bad")
 def nothing(lengths):
     return None
 
@@ -78,6 +93,14 @@ def hangs_in_c(lengths):
 def exits(lengths):
     print("about to leave", flush=True)
     os._exit(3)
+
+@on("bad")
+def crashes(lengths):
+    ctypes.string_at(0)
+
+@on("bad")
+def is_killed(lengths):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 @on("bad")
 def forks(lengths):
@@ -103,16 +126,43 @@ class Remembers:
     def load_state_dict(self, state):
         self.calls = state["calls"]
 
-async def later(prompts, completions, **kwargs):
-    import asyncio
-    await asyncio.sleep(0)
-    return [2.0 for _ in completions]
+class KeepsNothingPlain(Remembers):
+    def state_dict(self):
+        return {"calls": object()}
+
+class ForgetsHow(Remembers):
+    def load_state_dict(self, state):
+        raise KeyError("calls")
+
+class NeedsMore(Remembers):
+    def __init__(self, weight):
+        self.weight = weight
+
+class IsNotCalled:
+    pass
+
+class Later:
+    """As a client of a judge: belongs to the loop it was first used in."""
+    loop = None
+    async def __call__(self, prompts, completions, **kwargs):
+        self.loop = self.loop or asyncio.get_running_loop()
+        assert self.loop is asyncio.get_running_loop()
+        await asyncio.sleep(0)
+        return [2.0 for _ in completions]
 
 def trl(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric, **kwargs):
-    log_extra("right", answer)
+    for right in answer:
+        log_extra("right", [right])
     log_metric("mean_length", sum(map(len, completion_ids)) / len(completion_ids))
     assert set(kwargs) == {"level"}
     return [float(turns[0]["content"] == a) + trainer_state.global_step for turns, a in zip(completions, answer)]
+
+def logs(prompts, completions, log_extra, **kwargs):
+    log_extra(column="objects", values=[IsNotCalled() for _ in completions])
+    return [float(completion == "mine") for completion in completions]
+
+def asks_for_more(prompts, completions, answer, level=1):
+    return [0.0] * len(prompts)
 
 def neither(text, target):
     return []
@@ -151,14 +201,19 @@ def scores(rewards: Rewards, *completions: str) -> list[Any]:
 
 WRONG = {
     "raises": r"ValueError at .*mine\.py:\d+: no such luck",
+    "raises_in_a_library": r"JSONDecodeError at .*mine\.py:\d+: Expecting property",
+    "raises_like_a_timeout": r"ValueError at .*mine\.py:\d+: it took longer",
     "nan": r"row 0: its reward is nan",
     "inf": r"row 1: its reward is inf",
     "text": r"returned '1\.0'; allowed is a list of 2 numbers",
     "texts": r"row 0: its reward is '3\.0'",
     "short": r"returned 1 rewards for 2 completions",
     "scalar": r"returned 1\.0; allowed",
+    "unordered": r"returned \{1\.0, 2\.0\}; allowed",
     "nothing": r"returned None; allowed",
     "exits": r"ended with exit code 3; it printed last: about to leave",
+    "crashes": r"ended with SIGSEGV",
+    "is_killed": r"ended with SIGKILL",
 }
 
 
@@ -214,8 +269,8 @@ def test_forks_and_floods_change_nothing(
 
 
 def test_trl_s_form_gets_columns_ids_and_the_loggers(rewards: Callable[..., Rewards]) -> None:
-    asked = rewards("trl", "good", "later")
-    assert asked.labels == ["trl", "good", "later"]
+    asked = rewards("trl", "good", "Later")
+    assert asked.labels == ["trl", "good", "Later"]
     batch = Batch(
         prompts=[[{"role": "user", "content": "?"}]] * 2,
         completions=[[{"role": "assistant", "content": text}] for text in ("5", "66")],
@@ -224,7 +279,7 @@ def test_trl_s_form_gets_columns_ids_and_the_loggers(rewards: Callable[..., Rewa
         state={"global_step": 10},
     )
     asked.check(batch)
-    found = asked.submit(batch).result()
+    found = asked.submit(batch).result()  # the second call of each
     assert found.scores.tolist() == [[11, 1, 2], [10, 2, 2]]
     assert found.extra == {"right": ["5", "6"]}
     assert found.metrics == {"mean_length": [1.5]}
@@ -240,11 +295,64 @@ def test_what_a_reward_remembers_goes_on_in_another_process(rewards: Callable[..
     assert scores(second, "a") == [3]
 
 
+@pytest.mark.parametrize("name", ["KeepsNothingPlain", "ForgetsHow"])
+def test_a_state_that_can_t_be_kept_ends_the_run(name: str, rewards: Callable[..., Rewards]) -> None:
+    asked = rewards(name)
+    with pytest.raises(UserCodeError, match=rf"{name} was .* its state_dict: it raised (TypeError|KeyError)"):
+        asked.load_state(asked.state())
+
+
+def test_columns_never_take_the_place_of_what_was_drawn(rewards: Callable[..., Rewards]) -> None:
+    batch = Batch(["?"], ["mine"], [[1]], {"completions": ["the data's"], "prompts": ["the data's"]})
+    found = rewards("logs").submit(batch).result()
+    assert found.scores.tolist() == [[1]]
+    assert "IsNotCalled object" in found.extra["objects"][0]  # as text: nothing of theirs is unpickled
+
+
+def test_a_column_that_the_data_lack_is_a_config_error(rewards: Callable[..., Rewards]) -> None:
+    batch = Batch(["?"], ["a"], [[1]], {"solution": ["a"]})
+    with pytest.raises(
+        ConfigError, match=r"takes answer, which the data don't have; their columns: solution"
+    ):
+        rewards("asks_for_more").check(batch)
+
+
+def test_batches_wait_for_one_another(rewards: Callable[..., Rewards]) -> None:
+    asked = rewards("good", "good", "good")
+    waiting = [asked.submit(texts(*["a" * n] * n)) for n in range(1, 6)]
+    assert [each.result().scores.tolist() for each in waiting] == [[[n] * 3] * n for n in range(1, 6)]
+
+
+def test_a_function_that_hangs_ends_with_the_trainer(folder: Path) -> None:
+    trainer = (
+        "import os, pathlib; from ntjax.rewards import Batch, Rewards\n"
+        f"rewards = Rewards(['mine.py:hangs'], pathlib.Path({str(folder)!r}))\n"
+        "rewards.submit(Batch(['?'], ['bad'], [[1]]))\n"
+        "print(rewards.workers[0].process.pid, flush=True); os._exit(0)"
+    )
+    ran = subprocess.run([sys.executable, "-c", trainer], capture_output=True, text=True, check=True)
+    ends = time.monotonic() + 10
+    while running(int(ran.stdout)) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not running(int(ran.stdout))
+
+
+def running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("mine.py:absent", "no function absent"),
         ("mine.py:neither", r"takes text, target"),
+        ("mine.py:NeedsMore", r"needs weight to be made"),
+        ("mine.py:IsNotCalled", r"has no __call__"),
         ("absent.py:good", "no file absent.py"),
         ("numeri", "did|no reward"),
         ("length(1", "can't be read"),

@@ -33,6 +33,22 @@ def test_numeric_takes_the_last_number_of_both() -> None:
     assert found == [1, 1, 0, None]
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7-5", 5),
+        ("= -5", -5),
+        ("$-5$", -5),
+        ("1,234,567", 1234567),
+        ("1,2", 2),
+        (".5", 0.5),
+        ("2e-3.", 0.002),
+    ],
+)
+def test_what_a_number_is(text: str, value: float) -> None:
+    assert ask("numeric", text, answer=[value]) == [1]
+
+
 MATHS = [
     (r"So it is \boxed{\frac{1}{2}}.", r"$0.5$"),
     (r"So it is \boxed{3}.", r"$\frac{1}{2}$"),
