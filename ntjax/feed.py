@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ntjax.data.lazy import Files, Hub
@@ -35,11 +34,12 @@ class Fed(NamedTuple):
 
 @dataclass(frozen=True)
 class Planned:
-    """Examples, and the plan that says which of them each step sees."""
+    """Examples, and the plan that says which of them each step sees; this process reads one share of its rows."""
 
     plan: Plan
     examples: Examples
     pad_id: int
+    share: tuple[int, int] = (0, 1)  # number and count, see `mesh.own_share`
 
     @property
     def steps(self) -> int:
@@ -64,8 +64,8 @@ class Planned:
             self.examples,
             self.pad_id,
             start=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.share[0],
+            process_count=self.share[1],
         )
         yield (
             Fed(batch, self.tokens(step), self.plan.epoch(step + 1)) for step, batch in enumerate(rows, start)
@@ -84,6 +84,7 @@ class Streamed:
     accumulation: int
     max_bad_rows: int
     pad_id: int
+    share: tuple[int, int] = (0, 1)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,8 +103,8 @@ class Streamed:
             self.pad_id,
             position,
             max_bad_rows=self.max_bad_rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.share[0],
+            process_count=self.share[1],
         )
         rows = ahead(stream)
         try:

@@ -89,7 +89,9 @@ class Speaker:
         self.model = build(read_config(folder), dtype=args.dtype)
         self.tokenizer: Any = load_tokenizer(folder)
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        self.params = load_params(folder, self.model.specs, dtype=args.dtype, sharding=lambda path: place)
+        self.params = load_params(
+            folder, self.model.specs, dtype=args.dtype, sharding=lambda path, shapes: place
+        )
         if args.adapter:
             plan, adapter = load_adapter(locate(args.adapter), self.model.specs)
             self.params = plan.join(self.params, adapter)

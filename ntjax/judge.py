@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from ntjax.data.prompts import Prompts
 from ntjax.errors import ConfigError
@@ -23,6 +22,7 @@ from ntjax.scorer import Scorer
 from ntjax.stages.rollout import RolloutConfig
 
 if TYPE_CHECKING:
+    from ntjax.layout import Layout
     from ntjax.prepare import Job
 
 OVERLONG = "soft_overlong_punishment"
@@ -172,7 +172,7 @@ def _agreed(scores: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(scores))
 
 
-def open_judge(job: Job, prompts: Prompts, mesh: Mesh, rows: int) -> Judge:
+def open_judge(job: Job, prompts: Prompts, layout: Layout, rows: int) -> Judge:
     """What rewards a stage's completions; functions are tried out on two rows.
 
     A reward is a function, a folder with a scoring model (run on `rows` completions at a time), or "stage:NAME":
@@ -188,7 +188,7 @@ def open_judge(job: Job, prompts: Prompts, mesh: Mesh, rows: int) -> Judge:
             functions.append(name)
             continue
         dtype = config.compute_dtype(stage)
-        models.append(Scorer(folder, mesh=mesh, rows=rows, dtype=dtype, attention=config.attention))
+        models.append(Scorer(folder, layout=layout, rows=rows, dtype=dtype, attention=config.attention))
     rewards = None
     if functions:
         rewards = Rewards(

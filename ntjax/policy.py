@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 from safetensors.numpy import load_file
 
 from ntjax import lora
 from ntjax.config import ModelConfig
 from ntjax.errors import BadData, ConfigError
-from ntjax.hf.folder import HARMLESS, Quantise, load_params, open_weights
+from ntjax.hf.folder import HARMLESS, Placing, Quantise, load_params, open_weights
 from ntjax.hf.peft import load_adapter
 from ntjax.lora import Plan
 from ntjax.models import Model
@@ -101,7 +99,7 @@ def load_policy(
     plan: Plan | None = None,
     adapter: tuple[Plan, Params] | None = None,
     seed: int = 0,
-    sharding: Callable[[str], Sharding] | None = None,
+    sharding: Placing | None = None,
 ) -> Policy:
     """The weights in `source`, of which `plan` says what is trained: a new adapter, or `adapter` on.
 
@@ -130,7 +128,7 @@ def load_policy(
     return Policy(trainable, frozen, plan.specs(model.specs), plan, start)
 
 
-def with_values(policy: Policy, embed: int, source: Path, sharding: Sharding) -> Policy:
+def with_values(policy: Policy, embed: int, source: Path) -> Policy:
     """The policy with a head of values on its last hidden states, trained with it: the one in `source`, which an
     earlier stage left there, else zeros, so that values start without an opinion and leave the policy as it is."""
     sizes = {"embed": embed, "values": 1}
@@ -144,7 +142,7 @@ def with_values(policy: Policy, embed: int, source: Path, sharding: Sharding) ->
                 where=str(source / VALUE_FILE),
                 fix="remove it to start with values of zero",
             )
-    trainable = {**policy.trainable, VALUE: jax.device_put(head, sharding)}
+    trainable = {**policy.trainable, VALUE: jnp.asarray(head)}
     return replace(policy, trainable=trainable, specs={**policy.specs, VALUE: spec})
 
 
@@ -213,7 +211,7 @@ def load(
     model: Model,
     dtype: str,
     key: jax.Array,
-    sharding: Callable[[str], Sharding] | None = None,
+    sharding: Placing | None = None,
     quantise: Quantise | None = None,
 ) -> Params:
     """The model's weights from a folder. A language model that becomes a scoring one is given a new head of scores,
@@ -227,5 +225,5 @@ def load(
         log.info("%s has no score.weight: it starts from random numbers", source)
     params = load_params(weights, specs, dtype=dtype, sharding=sharding, ignore=ignore, quantise=quantise)
     if drawn and sharding is not None:
-        drawn = {path: jax.device_put(array, sharding(path)) for path, array in drawn.items()}
+        drawn = {path: jax.device_put(array, sharding(path, array)) for path, array in drawn.items()}
     return {**params, **drawn}

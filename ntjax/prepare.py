@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ntjax import lookup, lora
 from ntjax.checkpoint import read_meta, saved_steps
 from ntjax.config import Config, dataset_for
@@ -28,7 +26,8 @@ from ntjax.hf.files import read_config
 from ntjax.hf.hub import locate
 from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id, stop_ids
 from ntjax.judge import Judge, open_judge
-from ntjax.mesh import make_mesh
+from ntjax.layout import RULES, Layout
+from ntjax.mesh import make_mesh, own_share
 from ntjax.models import Model, build, is_scoring, scoring_config
 from ntjax.params import Params
 from ntjax.policy import adapters
@@ -86,7 +85,7 @@ class Setup:
     adapters: lora.Plan | None
     adapter: tuple[lora.Plan, Params] | None
     reference: tuple[Model, Path] | None
-    mesh: jax.sharding.Mesh
+    layout: Layout
     train: Feed
     evaluation: Planned | Questions | None
     settings: dict[str, Any]
@@ -98,26 +97,36 @@ def prepare(job: Job) -> Setup:
     """Reads everything but the weights; every error that data or settings can cause is raised here."""
     stage = job.stage
     hf = read_config(job.source)
-    model = _model(hf, job)
+    layout = _layout(job.config)
+    model = _model(hf, job, layout)
     plan, adapter = _adapters(job, model)
+    specs = model.specs | (plan.specs(model.specs) if plan else {})
+    layout.check(specs, lambda axis: job.config.where(f"mesh.{axis}"))
     tokenizer = load_tokenizer(job.source)
     check_vocab(tokenizer, model.config.vocab)
     if pad_id(tokenizer) == tokenizer.eos_token_id:
         log.info("%s: rows are padded with the end token %r, masked", stage.stage_name, tokenizer.eos_token)
-    mesh = make_mesh()
-    train, evaluation, digest = _feeds(job, tokenizer, model.config.vocab, mesh.size)
-    log.info("%s: %d steps on %d devices", stage.stage_name, train.steps, mesh.size)
-    settings = _settings(job, digest)
+    train, evaluation, digest = _feeds(job, tokenizer, model.config.vocab, layout)
+    log.info("%s: %d steps on %s", stage.stage_name, train.steps, layout)
+    settings = _settings(job, digest, layout)
     if job.resume:
         _check_settings(job, settings)
     reference, stops = _reference(job, model), tuple(stop_ids(job.source, tokenizer))
-    setup = Setup(job, tokenizer, model, plan, adapter, reference, mesh, train, evaluation, settings, stops)
+    setup = Setup(job, tokenizer, model, plan, adapter, reference, layout, train, evaluation, settings, stops)
     if isinstance(train, Questions):
-        return replace(setup, judge=open_judge(job, train.prompts, mesh, train.geometry.rows))
+        return replace(setup, judge=open_judge(job, train.prompts, layout, train.geometry.rows))
     return setup
 
 
-def _model(hf: dict[str, Any], job: Job) -> Model:
+def _layout(config: Config) -> Layout:
+    """How weights and rows lie on the devices there are."""
+    asked = config.mesh
+    slices = {"data": asked.dcn_data, "fsdp": asked.dcn_fsdp}
+    mesh = make_mesh(asked.sizes, slices=slices, where=config.where("mesh"))
+    return Layout(mesh, asked.zero, tuple({**RULES, **asked.rules}.items()))
+
+
+def _model(hf: dict[str, Any], job: Job, layout: Layout) -> Model:
     """The stage's model; a folder that holds a reward model is no policy."""
     config, stage = job.config, job.stage
     if is_scoring(hf) and not stage.scores:
@@ -138,6 +147,7 @@ def _model(hf: dict[str, Any], job: Job) -> Model:
         remat=bool(stage.gradient_checkpointing),
         labels=int(stage.scores),
         attention=config.attention,
+        layout=layout,
     )
 
 
@@ -170,7 +180,7 @@ def _reference(job: Job, own: Model) -> tuple[Model, Path] | None:
         return None
     folder = locate(named, cache_dir=config.model.cache_dir, folders=[config.path.parent])
     hf = read_config(folder)
-    model = build(hf, dtype=config.compute_dtype(stage), attention=config.attention)
+    model = build(hf, dtype=config.compute_dtype(stage), attention=config.attention, layout=own.layout)
     if sync and model.specs != own.specs:
         raise ConfigError(
             f"{named} is another model than the policy, and can't follow it",
@@ -206,13 +216,14 @@ def _questions(
 
 
 def _feeds(
-    job: Job, tokenizer: Any, vocab: int, devices: int
+    job: Job, tokenizer: Any, vocab: int, layout: Layout
 ) -> tuple[Feed, Planned | Questions | None, str]:
     """What the stage is trained and evaluated on, and a digest of the former."""
     config, stage = job.config, job.stage
     dataset, pad = dataset_for(config, stage)[1], pad_id(tokenizer)
     assert stage.seed is not None
     assert stage.per_device_eval_batch_size is not None
+    devices, share = layout.rows, own_share(layout.mesh)
     rows, accumulation = stage.per_device_train_batch_size * devices, stage.gradient_accumulation_steps
     examples, held_out = encoded_rows(config, stage, tokenizer, vocab)
     if stage.rolls_out:
@@ -223,15 +234,15 @@ def _feeds(
     if held_out is not None:
         many = stage.per_device_eval_batch_size * devices
         plan = Plan(held_out.lengths, stage.row_length, many, shuffle=False, packing=stage.packs)
-        evaluation = Planned(replace(plan, in_order=stage.packs_in_order), held_out, pad)
+        evaluation = Planned(replace(plan, in_order=stage.packs_in_order), held_out, pad, share)
     if examples is None:
         encoder = TextEncoder(tokenizer, dataset, None, _formatting(config, stage))
         source = open_lazily(dataset, [config.path.parent, Path.cwd()])
         for read, where in islice(source(0), 1):
             encoder.check(read(), where)
         log.info("%s: rows are streamed in the order of the files", stage.stage_name)
-        many = dataset.max_bad_rows
-        feed = Streamed(source, encoder, stage.max_steps, stage.row_length, rows, accumulation, many, pad)
+        shape = stage.max_steps, stage.row_length, rows, accumulation
+        feed = Streamed(source, encoder, *shape, dataset.max_bad_rows, pad, share)
         return feed, evaluation, source.digest()
     log.info("%s: %s", stage.stage_name, examples.report())
     if stage.learns_to_stop and (warning := check_stop_token(examples, tokenizer)):
@@ -248,7 +259,7 @@ def _feeds(
         stage.packs,
         stage.packs_in_order,
     )
-    return Planned(plan, examples, pad), evaluation, examples.digest()
+    return Planned(plan, examples, pad, share), evaluation, examples.digest()
 
 
 def encoded_rows(
@@ -274,8 +285,9 @@ def _formatting(config: Config, stage: StageConfig) -> Callable[..., Any] | None
     return lookup.function(dataset.formatting_func, config.path.parent, place)
 
 
-def _settings(job: Job, digest: str) -> dict[str, Any]:
-    """Everything that decides what the stage computes."""
+def _settings(job: Job, digest: str, layout: Layout) -> dict[str, Any]:
+    """Everything that decides what the stage computes. How many devices share a step's rows, and in how many
+    microbatches, does not."""
     stage = {key: value for key, value in asdict(job.stage).items() if key not in FREE}
     stage = {key: value for key, value in stage.items() if not key.startswith(("eval_", "logging_"))}
     settings = job.config.model
@@ -285,7 +297,12 @@ def _settings(job: Job, digest: str) -> dict[str, Any]:
         model |= {f"model.{key}": getattr(settings, key) for key in ("load_in_4bit", "load_in_8bit")}
         model |= {f"model.bnb_config.{key}": value for key, value in asdict(settings.bnb_config).items()}
     shuffle = dataset_for(job.config, job.stage)[1].shuffle
-    everything = {**stage, **model, "devices": jax.device_count(), "shuffle": shuffle, "data": digest}
+    rows = layout.rows * job.stage.per_device_train_batch_size * job.stage.gradient_accumulation_steps
+    if job.stage.rolls_out:
+        stage["devices"] = layout.rows
+    else:
+        del stage["per_device_train_batch_size"], stage["gradient_accumulation_steps"]
+    everything = {**stage, **model, "rows of a step": rows, "shuffle": shuffle, "data": digest}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in everything.items()}
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from ntjax.data.pairs import EncodedPairs
 from ntjax.feed import Planned
 from ntjax.hf.folder import load_params
-from ntjax.mesh import place_batch, replicated
+from ntjax.layout import placing
+from ntjax.mesh import place_batch
 from ntjax.params import Params
 from ntjax.policy import Policy, reference
 from ntjax.prepare import Setup
@@ -39,12 +40,14 @@ def reference_scores(setup: Setup) -> Score | None:
 
 def reference_params(setup: Setup, policy: Policy) -> Params:
     """The reference's weights: those of `reference_model_path`, else the policy's before its first step."""
-    place = replicated(setup.mesh)
+    layout = setup.layout
     compute = setup.job.config.compute_dtype(setup.job.stage)
     if setup.reference:
         model, folder = setup.reference
-        return load_params(folder, model.specs, dtype=compute, sharding=lambda path: place)
-    return jax.device_put(reference(policy, continued=setup.adapter is not None, compute=compute), place)
+        place = placing(layout, model.specs)
+        return load_params(folder, model.specs, dtype=compute, sharding=place)
+    params = reference(policy, continued=setup.adapter is not None, compute=compute)
+    return layout.put(params, setup.model.specs)
 
 
 def with_reference(setup: Setup, policy: Policy) -> tuple[Setup, Params | None]:
@@ -91,7 +94,7 @@ def _scores(setup: Setup, data: Planned, score: Score, params: Params) -> np.nda
     from jax.experimental import multihost_utils
 
     many = getattr(setup.job.stage, "precompute_ref_batch_size", None)
-    many = many * setup.mesh.size if many else data.plan.rows_per_microbatch
+    many = many * setup.layout.rows if many else data.plan.rows_per_microbatch
     plan = replace(
         data.plan,
         rows_per_microbatch=many,
@@ -105,7 +108,7 @@ def _scores(setup: Setup, data: Planned, score: Score, params: Params) -> np.nda
     feed, name = replace(data, plan=plan), f"{setup.job.stage.stage_name} reference"
     with Progress(name, plan.steps) as progress, feed.open() as rows:
         for step, fed in enumerate(rows):
-            logps = score(params, place_batch(fed.batch, setup.mesh))["ref_logps"]
+            logps = score(params, place_batch(fed.batch, setup.layout.mesh))["ref_logps"]
             whole = np.asarray(multihost_utils.process_allgather(logps, tiled=True))[0, :, :, 0]
             for slot, values in zip(plan.slots(step)[0], whole, strict=True):
                 found[slot] = values

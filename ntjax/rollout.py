@@ -22,7 +22,8 @@ import numpy as np
 from ntjax.data.loader import rounded
 from ntjax.feed import Fed, Questions
 from ntjax.judge import Verdict, rewarded
-from ntjax.mesh import place_batch
+from ntjax.layout import Layout
+from ntjax.mesh import own_share, place_batch
 from ntjax.metrics import Mean, Metrics, append_lines
 from ntjax.params import Params
 from ntjax.prepare import Setup
@@ -100,7 +101,7 @@ class Rollouts:
             tokens = int((batch["segments"] > 0).sum())
             self.trained_tokens += tokens
             epoch = (step + 1) / self.steps_per_epoch
-            yield Fed(_own_rows(batch), tokens, epoch, at | left, metrics)
+            yield Fed(_own_rows(batch, self.setup.layout), tokens, epoch, at | left, metrics)
 
     def _window(self, at: Mapping[str, Any], step: int) -> tuple[dict[str, np.ndarray], Metrics, dict]:
         """The arrays [N, ...] of the next window, what is to be logged of it, and the position after it."""
@@ -110,7 +111,7 @@ class Rollouts:
         speed: Metrics = {}
         if self.ended is not None:
             speed["trainer/tokens_per_second"] = Mean(self.trained_tokens, began - self.ended)
-        params = self.join(policy.frozen, policy.trainable, None)
+        params = self._joined(policy)
         wanted = self.shape.completions // self.shape.group
         drawn, asked = self._draw(params, at["asked"], wanted, step), at["asked"] + wanted
         if getattr(self.stage, "dynamic_sample", False):
@@ -137,6 +138,12 @@ class Rollouts:
         }
         self.ended, self.trained_tokens = time.perf_counter(), 0
         return arrays, metrics, after
+
+    def _joined(self, policy: Weights) -> Params:
+        """The policy's weights as the sampler reads them token after token: none is on another row's device."""
+        params = self.join(policy.frozen, policy.trainable, None)
+        model, layout = self.setup.model, self.setup.layout
+        return layout.gathered({path: params[path] for path in model.specs}, model.specs, model.config.dtype)
 
     def _draw(self, params: Params, asked: int, groups: int, step: int) -> Drawn:
         """A group of completions of each of the next prompts; the rewards are set to work on them."""
@@ -217,7 +224,7 @@ class Rollouts:
             for name, array in arrays.items()
             if name not in ("stopped", "lengths", "sampler_logps")
         }
-        placed = place_batch(_own_rows(rows), self.setup.mesh)
+        placed = place_batch(_own_rows(rows, self.setup.layout), self.setup.layout.mesh)
         found: dict[str, Any] = {}
         if self.policy_scores is not None:
             found |= self.policy_scores(policy.trainable, policy.frozen, placed)
@@ -231,7 +238,7 @@ class Rollouts:
         """Rewards and lengths of completions of the held-out prompts, from the weights as they are."""
         assert self.held_out is not None
         policy = self.weights()
-        params = self.join(policy.frozen, policy.trainable, None)
+        params = self._joined(policy)
         group = getattr(self.stage, "num_generations_eval", None) or self.shape.group
         sampler = self._sampler(evaluating=True)
         numbers = list(range(len(self.held_out.prompts)))
@@ -244,8 +251,9 @@ class Rollouts:
     def _sampler(self, *, evaluating: bool = False) -> Sampler:
         setup = self.setup
         sampling = self.stage.sampling(setup.stop_ids, evaluating=evaluating)
-        slots = self.stage.sampler_slots * setup.mesh.size
-        return Sampler(setup.model, sampling, slots=slots, mesh=setup.mesh, tokenizer=setup.tokenizer)
+        layout = setup.layout
+        slots = self.stage.sampler_slots * layout.rows * layout.sequence
+        return Sampler(setup.model, sampling, slots=slots, tokenizer=setup.tokenizer)
 
     def _record(self, drawn: Drawn, verdict: Verdict, judged: Any, step: int) -> None:
         """The window's lines of completions.jsonl; some of them are shown, where that is asked for."""
@@ -290,9 +298,9 @@ def _over_microbatches(score: Callable[[Params, Any], Any] | None, join: Join) -
     return jax.jit(scored)
 
 
-def _own_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _own_rows(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
     """This process's rows of arrays [microbatches, rows, ...]."""
-    index, count = jax.process_index(), jax.process_count()
+    index, count = own_share(layout.mesh)
     return {name: np.split(array, count, axis=1)[index] for name, array in batch.items()}
 
 

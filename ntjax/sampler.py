@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ntjax.draw import Sampling, draw
+from ntjax.layout import MANUAL
 from ntjax.models import Cache, Model
 from ntjax.ops.attention import Kept, Tokens
 from ntjax.params import Params
@@ -78,8 +79,8 @@ class Told(NamedTuple):
 class Sampler:
     """(weights, prompts) -> completions, by programs that are compiled once for a length of prompts.
 
-    `slots` rows decode at a time, split over the mesh's devices; a group of rows shares its prompt's cache.
-    A tokenizer is needed for stop strings.
+    `slots` rows decode at a time, split over the devices of the model's layout; a group of rows shares its prompt's
+    cache. A tokenizer is needed for stop strings.
     """
 
     def __init__(
@@ -88,12 +89,11 @@ class Sampler:
         sampling: Sampling,
         *,
         slots: int = 64,
-        mesh: Mesh | None = None,
         tokenizer: Any = None,
     ):
         assert tokenizer is not None or not sampling.stop_strings
         self.model, self.sampling, self.slots = model, sampling, slots
-        self.mesh, self.tokenizer = mesh, tokenizer
+        self.tokenizer = tokenizer
 
     def __call__(
         self,
@@ -109,11 +109,12 @@ class Sampler:
 
         `progress` is told how many are complete.
         """
-        devices = self.mesh.size if self.mesh else 1
+        layout = self.model.layout
+        devices = layout.rows * layout.sequence if layout else 1
         slots = _doubled(min(max(self.slots // group, 1), len(prompts)), devices)
         time = _doubled(max(len(prompt.tokens) for prompt in prompts), BUCKET)
         columns = _doubled(self.sampling.max_new_tokens, BUCKET)
-        programs = _programs(self.model, self.sampling, slots, group, time, columns, self.mesh)
+        programs = _programs(self.model, self.sampling, slots, group, time, columns)
         state = programs.empty(params)
         waiting = iter(enumerate(prompts))
         held: list[int | None] = [None] * slots  # the prompt in each slot
@@ -180,24 +181,25 @@ class Programs(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _programs(
-    model: Model, sampling: Sampling, slots: int, group: int, time: int, columns: int, mesh: Mesh | None
-) -> Programs:
-    rows = slots * group
+def _programs(model: Model, sampling: Sampling, slots: int, group: int, time: int, columns: int) -> Programs:
+    rows, layout = slots * group, model.layout
 
     def placed(tree: Any, spec: PartitionSpec) -> Any:
-        if mesh is None:
+        if layout is None:
             return tree
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)), tree)
+        return jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec)), tree
+        )
 
     def split(state: State) -> State:
-        """Slots and rows over the devices."""
-        whole, parted = PartitionSpec(), PartitionSpec("data")
+        """Slots and rows over the devices, and their keys and values as the heads are."""
+        whole, parted = PartitionSpec(), PartitionSpec(MANUAL)
         cache = state.cache
-        at = placed(cache.at, whole)
-        cache, rest = cache.replace(at=None), state.replace(cache=None)  # type: ignore[attr-defined]
+        heads = PartitionSpec(MANUAL, layout.axis("kv_heads") if layout else None)
+        at, layers = placed(cache.at, whole), placed(cache.layers, heads)
+        cache, rest = cache.replace(at=None, layers=None), state.replace(cache=None)  # type: ignore[attr-defined]
         cache, rest = placed(cache, parted), placed(rest, parted)
-        return rest.replace(cache=cache.replace(at=at))
+        return rest.replace(cache=cache.replace(at=at, layers=layers))
 
     def empty(params: Params) -> State:
         seen = None
@@ -227,7 +229,7 @@ def _programs(
         numbers: jax.Array,  # [N] of each prompt's first row
         seed: jax.Array,
     ) -> State:
-        ids, lengths = placed((ids, lengths), PartitionSpec("data"))
+        ids, lengths = placed((ids, lengths), PartitionSpec(MANUAL))
         places = jnp.broadcast_to(jnp.arange(time), ids.shape)
         at = Tokens(places, (places < lengths[:, None]).astype(jnp.int32))
         hidden, kept = model.prefill(params, ids, at)

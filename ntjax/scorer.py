@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ntjax.data.chat import Message
 from ntjax.data.loader import rounded
@@ -25,7 +25,8 @@ from ntjax.errors import ConfigError
 from ntjax.hf.files import Source, read_config
 from ntjax.hf.folder import check, load_params, open_weights
 from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id
-from ntjax.mesh import replicated
+from ntjax.layout import Layout, placing
+from ntjax.mesh import ROWS, replicated
 from ntjax.models import Model, build, is_scoring
 from ntjax.ops.attention import Tokens
 from ntjax.params import Params
@@ -49,25 +50,25 @@ class Scorer:
         self,
         folder: Path,
         *,
-        mesh: Mesh,
+        layout: Layout,
         dtype: str,
         attention: str,
         rows: int,
         max_length: int | None = None,
         template: Mapping[str, Any] | None = None,
     ):
-        assert rows % mesh.size == 0, (rows, mesh.size)
+        assert rows % layout.rows == 0, (rows, layout.rows)
         self.folder, self.label = folder, folder.name
-        self.mesh, self.dtype, self.rows, self.max_length = mesh, dtype, rows, max_length
+        self.layout, self.dtype, self.rows, self.max_length = layout, dtype, rows, max_length
         self.template = dict(template or {})
         hf, weights = read_config(folder), open_weights(folder)
         _check_reward_model(hf, weights, folder)
-        self.model = build(hf, dtype=dtype, labels=1, attention=attention)
+        self.model = build(hf, dtype=dtype, labels=1, attention=attention, layout=layout)
         check(weights, self.model.specs)
         self.tokenizer = load_tokenizer(folder)
         check_vocab(self.tokenizer, self.model.config.vocab)
         self.pad_id = pad_id(self.tokenizer)
-        self._scores = jax.jit(_scores(self.model, self.pad_id), out_shardings=replicated(mesh))
+        self._scores = jax.jit(_scores(self.model, self.pad_id), out_shardings=replicated(layout.mesh))
 
     def __call__(self, prompts: Sequence[Said], completions: Sequence[Said]) -> np.ndarray:
         """The scores [N] float32, on every host; all hosts call this with the same completions.
@@ -109,13 +110,13 @@ class Scorer:
 
     def _placed(self, array: np.ndarray) -> jax.Array:
         """An array that every host has, its rows split over all devices."""
-        sharding = NamedSharding(self.mesh, PartitionSpec("data"))
+        sharding = NamedSharding(self.layout.mesh, PartitionSpec(ROWS))
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     @cached_property
     def _params(self) -> Params:
-        place = replicated(self.mesh)
-        return load_params(self.folder, self.model.specs, dtype=self.dtype, sharding=lambda path: place)
+        place = placing(self.layout, self.model.specs)
+        return load_params(self.folder, self.model.specs, dtype=self.dtype, sharding=place)
 
 
 def _check_reward_model(hf: dict[str, Any], weights: Source, folder: Path) -> None:

@@ -40,9 +40,14 @@ class TrainState:
     reference: Params | None = None  # where it follows the policy; a step leaves it as it is
 
 
-def initial_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+def initial_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    of_state: Callable[[Any], Any] | None = None,
+) -> TrainState:
+    """The state before the first step; `of_state` gives the optimizer's shardings."""
+    places = of_state(jax.eval_shape(optimizer.init, params)) if of_state else None
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init, out_shardings=places)(params))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -65,11 +70,13 @@ def train_step(
     max_grad_norm: float,
     join: Join = union,
     seed: int = 0,
+    shared: Callable[[Params], Params] = lambda gradients: gradients,
 ) -> Step:
     """The step that minimises `loss`; compiled by the caller.
 
     `join` makes the weights that `loss` takes of the frozen and the trainable ones, with a key that depends on the
     seed, the step and the microbatch alone, so that a resumed run drops out what it would have dropped out.
+    Gradients and updates lie where `shared` puts them on the devices.
     Gradients are clipped to a global norm of `max_grad_norm` (0: not at all). If any gradient is not finite the
     weights and the optimizer's state stay bit for bit what they were; the metric `skipped` counts it.
     """
@@ -81,7 +88,7 @@ def train_step(
             metrics = loss(join(frozen, trainable, jax.random.fold_in(key, index)), micro)
             return metrics["loss"].total, metrics
 
-        grads, metrics = _summed_gradients(total, state.params, batch)
+        grads, metrics = _summed_gradients(total, state.params, batch, shared)
         scale = 1 / jnp.maximum(metrics["loss"].weight, 1)
         norm = optax.tree.norm(grads) * scale
         finite = jnp.isfinite(norm)
@@ -91,6 +98,7 @@ def train_step(
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         rate = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = shared(updates)
         params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
         kept = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
@@ -124,10 +132,17 @@ def eval_step(loss: Loss, join: Join = union) -> Callable[[Params, Params, Batch
 
 
 def _summed_gradients(
-    total: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]], params: Params, batch: Batch
+    total: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]],
+    params: Params,
+    batch: Batch,
+    shared: Callable[[Params], Params],
 ) -> tuple[Params, Metrics]:
     """Gradient of the loss's total, and the metrics, each summed over the microbatches."""
-    gradient = jax.grad(total, has_aux=True)
+
+    def gradient(params: Params, micro: Batch, index: jax.Array) -> tuple[Params, Metrics]:
+        grads, metrics = jax.grad(total, has_aux=True)(params, micro, index)
+        return shared(grads), metrics
+
     first = jax.tree.map(lambda x: x[0], batch)
     count = jax.tree.leaves(batch)[0].shape[0]
     if count == 1:
@@ -138,4 +153,5 @@ def _summed_gradients(
 
     shapes = jax.eval_shape(gradient, params, first, jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = shared(zeros[0]), zeros[1]
     return jax.lax.scan(one, zeros, (batch, jnp.arange(count)))[0]

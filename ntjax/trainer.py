@@ -17,6 +17,7 @@ import numpy as np
 from ntjax.checkpoint import Checkpoints
 from ntjax.errors import ConfigError, Diverged, Preempted
 from ntjax.feed import Fed, Feed, Planned, Questions, Streamed
+from ntjax.layout import placing
 from ntjax.mesh import place_batch, replicated
 from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics, rewind
 from ntjax.optim import direction, schedule
@@ -91,15 +92,26 @@ class Loop:
         loss = self.stage.loss(setup.model)
         optimizer = direction(self.stage, policy.specs)
         rate, clip = schedule(self.stage, setup.train.steps), self.stage.max_grad_norm
-        step = train_step(loss, optimizer, rate, clip, policy.join, self.stage.seed)
-        state = initial_state(policy.trainable, optimizer)
+        layout, specs = setup.layout, policy.specs
+        step = train_step(
+            loss,
+            optimizer,
+            rate,
+            clip,
+            policy.join,
+            self.stage.seed,
+            lambda gradients: layout.shared(gradients, specs),
+        )
+        trainable = layout.put(policy.trainable, specs)
+        state = initial_state(trainable, optimizer, lambda state: layout.of_state(state, specs))
         if getattr(self.stage, "sync_ref_model", False):
             state, reference = replace(state, reference=reference), None
-        # All of it as the step gives it back: else the second step would be compiled anew.
-        self.state = jax.device_put(state, replicated(setup.mesh))
+        self.state = replace(state, step=jax.device_put(state.step, replicated(layout.mesh)))
+        # The step gives everything back where it was: else the second step would be compiled anew.
+        places = jax.tree.map(lambda x: x.sharding, self.state)
         self.setup, self.checkpoints = setup, checkpoints
         self.frozen, self.reference = policy.frozen, reference
-        self.step = jax.jit(step, donate_argnums=0)
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
         self.evaluate_batch = jax.jit(eval_step(loss, policy.join))
         self.score = reference_scores(setup)
         self.feed: Planned | Streamed | Rollouts
@@ -169,7 +181,7 @@ class Loop:
 
     def prepared(self, batch: dict[str, np.ndarray]) -> Batch:
         """The batch on the devices, with what the reference model says of it where the loss asks for that."""
-        placed, reference = place_batch(batch, self.setup.mesh), self.weights().reference
+        placed, reference = place_batch(batch, self.setup.layout.mesh), self.weights().reference
         if self.score is None or reference is None or isinstance(self.feed, Rollouts):
             return placed
         return {**placed, **self.score(reference, placed)}
@@ -314,7 +326,7 @@ def _wandb(job: Job) -> WandbSettings | None:
 
 def start(setup: Setup) -> Policy:
     """The stage's weights before its first step."""
-    job, stage, place = setup.job, setup.job.stage, replicated(setup.mesh)
+    job, stage, specs = setup.job, setup.job.stage, setup.model.specs
     assert stage.seed is not None
     policy = load_policy(
         job.source,
@@ -323,15 +335,15 @@ def start(setup: Setup) -> Policy:
         plan=setup.adapters,
         adapter=setup.adapter,
         seed=stage.seed,
-        sharding=lambda path: place,
+        sharding=placing(setup.layout, specs),
     )
     if stage.values:
         before = job.adapter.parent if job.adapter else job.source
-        policy = with_values(policy, setup.model.config.embed, before, place)
+        policy = with_values(policy, setup.model.config.embed, before)
     trained, frozen = size(policy.trainable), size(policy.frozen)
     log.info(
         "%s: trained are %s",
         stage.stage_name,
         f"{trained}, frozen are {frozen}" if policy.frozen else trained,
     )
-    return replace(policy, frozen=jax.device_put(policy.frozen, place))
+    return replace(policy, frozen=setup.layout.put(policy.frozen, specs))

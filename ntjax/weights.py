@@ -2,7 +2,8 @@
 
 A weight is a plain array, a quantised one (`ntjax.quantised`) or either with a LoRA adapter around it. `einsum` and
 `dense` alone know the difference; no model does. Quantised and adapted weights are pytree nodes whose leaves all have
-the stacked axes in front, so a scan over layers slices them as it slices arrays.
+the stacked axes in front, so a scan over layers slices them as it slices arrays. Any of the arrays may be a part of
+what several devices hold together (`Parted`): it is put together here, where it is used, and again for the gradient.
 
 Axes: N rows, I inputs, O outputs, r rank.
 """
@@ -10,13 +11,73 @@ Axes: N rows, I inputs, O outputs, r rank.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ntjax.mesh import FSDP
 from ntjax.quantised import EightBit, FourBit
+
+
+@struct.dataclass
+class Parted:
+    """An array of which the devices along `fsdp` have a part each, inside `shard_map`.
+
+    With a `copy` each of them has all of it, and only its gradient is shared out (ZeRO 2).
+    """
+
+    part: jax.Array
+    axis: int = struct.field(
+        pytree_node=False
+    )  # counted from the last: a scan over layers takes the first away
+    copy: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        shape = list(self.part.shape)
+        shape[self.axis] *= jax.lax.axis_size(FSDP)
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """Of the whole."""
+        return self.part.ndim
+
+    def whole(self) -> jax.Array:
+        """All of it."""
+        if self.copy is not None:
+            return _copied(self.part, self.copy, self.axis)
+        return jax.lax.all_gather(self.part, FSDP, axis=self.part.ndim + self.axis, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _copied(part: jax.Array, copy: jax.Array, axis: int) -> jax.Array:
+    """The copy; its gradient is summed over the devices and each keeps that of its part."""
+    return copy
+
+
+def _copied_forward(part: jax.Array, copy: jax.Array, axis: int) -> tuple[jax.Array, None]:
+    return copy, None
+
+
+def _copied_backward(axis: int, _: None, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=gradient.ndim + axis, tiled=True), None
+
+
+_copied.defvjp(_copied_forward, _copied_backward)
+
+
+def whole(w: Any) -> Any:
+    """The weight with every array of it put together."""
+    return jax.tree.map(lambda x: x.whole() if _is_part(x) else x, w, is_leaf=_is_part)
+
+
+def _is_part(x: Any) -> bool:
+    return isinstance(x, Parted)
 
 
 @struct.dataclass
@@ -106,6 +167,9 @@ def einsum(equation: str, x: jax.Array, w: Any) -> jax.Array:
 
 def product(rows: jax.Array, w: Any, split: int) -> jax.Array:
     """rows [N, I] times w, whose first `split` axes are its outputs -> [N, O]."""
+    if any(map(_is_part, jax.tree.leaves(w, is_leaf=_is_part))):
+        # Put together again in the backward pass: kept for it, all layers' would stand there whole.
+        return jax.checkpoint(lambda rows, w: product(rows, whole(w), split))(rows, w)
     if isinstance(w, Adapted):
         return w.product(rows, split)
     if isinstance(w, FourBit | EightBit):
@@ -117,7 +181,8 @@ def product(rows: jax.Array, w: Any, split: int) -> jax.Array:
 
 
 def dense(w: Any, dtype: Any) -> jax.Array:
-    """The plain array that a weight stands for: dequantised, the adapter merged."""
+    """The plain array that a weight stands for: put together, dequantised, the adapter merged."""
+    w = whole(w)
     return w.dense(dtype) if isinstance(w, Adapted | FourBit | EightBit) else w.astype(dtype)
 
 

@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(folder: Path) -> tuple[Model, dict[str, jax.Array]]:
     model = build(read_config(folder))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return model, load_params(folder, model.specs, dtype="float32", sharding=lambda path: place)
+    return model, load_params(folder, model.specs, dtype="float32", sharding=lambda path, shapes: place)
 
 
 def test_the_loss_is_that_of_every_piece_alone(folder: Path) -> None:

@@ -304,7 +304,7 @@ def test_greedy_smollm2_is_transformers_token_for_token(tmp_path: Path) -> None:
     tokenizer: Any = load_tokenizer(folder)
     model = build(read_config(folder))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = load_params(folder, model.specs, dtype="float32", sharding=lambda path: place)
+    params = load_params(folder, model.specs, dtype="float32", sharding=lambda path, shapes: place)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [

@@ -17,6 +17,9 @@ DTYPE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {
     f"torch.{name}": name for name in ("float32", "bfloat16", "float16")
 }
 
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+WEIGHT_AXES = ("embed", "vocab", "heads", "kv_heads", "head_dim", "mlp", "layers", "rank")
+
 _OTHER_LORA = "this variant of LoRA is not among those ntjax trains"
 
 
@@ -198,16 +201,50 @@ class DatasetConfig(Table):
 
 @dataclass(frozen=True)
 class MeshConfig(Table):
-    """`[mesh]`: devices along each axis, -1 for the rest; `zero_stage` is the short form (0 to 3)."""
+    """`[mesh]`: devices along each axis, -1 for the rest; `zero_stage` is the short form (0 to 3).
 
-    data: int = setting(-1, at_least=-1, later="a mesh of your own")
-    fsdp: int = setting(1, at_least=-1, later="sharded weights")
-    tensor: int = setting(1, at_least=-1, later="tensor parallelism")
-    sequence: int = setting(1, at_least=-1, later="sequence parallelism")
-    zero_stage: int | None = setting(None, at_least=0, at_most=3, later="ZeRO stages")
+    It says what the devices along `fsdp` share out, and puts all of them there if no axis is named. `rules` change
+    which axis of a weight is split over which of these; `dcn_data` and `dcn_fsdp` say over how many slices of a pod
+    these two go.
+    """
+
+    data: int | None = setting(None, at_least=-1)
+    fsdp: int | None = setting(None, at_least=-1)
+    tensor: int | None = setting(None, at_least=-1)
+    sequence: int | None = setting(None, at_least=-1)
+    zero_stage: int | None = setting(None, at_least=0, at_most=3)
+    rules: dict[str, str] = setting({})
+    dcn_data: int = setting(1, at_least=1)
+    dcn_fsdp: int = setting(1, at_least=1)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis; the rest is along `fsdp` if it is to share something out, else along `data`."""
+        given = {name: size for name in MESH_AXES if (size := getattr(self, name)) is not None}
+        if -1 in given.values():
+            return given
+        rest = "fsdp" if self.zero_stage and self.fsdp is None else "data"
+        return given if rest in given else {**given, rest: -1}
+
+    @property
+    def zero(self) -> int:
+        """The ZeRO stage: 3 where devices are put along `fsdp` and none is named."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        return 0 if self.fsdp in (None, 1) else 3
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "sequence": self.sequence}
+        sizes = {name: getattr(self, name) for name in MESH_AXES}
+        for name, axis in self.rules.items():
+            if name not in WEIGHT_AXES:
+                yield "rules", f"weights have no axis {name}; they have {', '.join(WEIGHT_AXES)}"
+            if axis not in ("fsdp", "tensor", "none"):
+                yield "rules", f'{name} = "{axis}": allowed are "fsdp", "tensor" and "none"'
+        if self.zero_stage == 0 and self.fsdp not in (None, 1):
+            yield (
+                "zero_stage",
+                "0 shares nothing out, which is what fsdp is for; put these devices along data",
+            )
         for name, size in sizes.items():
             if size == 0:
                 yield name, "an axis has at least one device, or -1 for the rest"

@@ -27,6 +27,8 @@ from ntjax.hf.shards import Safetensors, write_safetensors
 from ntjax.params import Params, Spec, Specs
 from ntjax.weights import dense
 
+# (path, shapes of the arrays a weight is made of) -> where they lie: a sharding, or a tree of them
+Placing = Callable[[str, Any], Any]
 Quantise = Callable[[str, np.ndarray], Any]  # (path, a tensor) -> the same quantised, or None
 
 # Computed from config.json, and saved all the same by old versions of transformers.
@@ -110,11 +112,12 @@ def load_params(
     specs: Specs,
     *,
     dtype: str,
-    sharding: Callable[[str], Sharding] | None = None,
+    sharding: Placing | None = None,
     ignore: Sequence[str] = HARMLESS,
     quantise: Quantise | None = None,
 ) -> Params:
-    """The weights that `specs` declare, in `dtype`, each with the sharding that `sharding(path)` gives it.
+    """The weights that `specs` declare, in `dtype`, each where `sharding(path, shapes)` says: a sharding, or, for a
+    quantised weight, a tree of them like that of its arrays' shapes.
 
     Each tensor is read, quantised where `quantise(path, tensor)` says so (it gives a node, or None for a weight that
     stays as it is), sent to the devices and written into its place in the stacked weight there, so that the host
@@ -127,8 +130,7 @@ def load_params(
     check(source, specs, ignore)
     params: Params = {}
     for path, spec in sorted(specs.items(), key=lambda item: -math.prod(item[1].torch_shape)):
-        place = sharding(path) if sharding else None
-        params[path] = _load(source, path, spec, jnp.dtype(dtype), place, quantise)
+        params[path] = _load(source, path, spec, jnp.dtype(dtype), sharding, quantise)
     return {path: params[path] for path in specs}
 
 
@@ -137,25 +139,34 @@ def _load(
     path: str,
     spec: Spec,
     dtype: jnp.dtype,
-    sharding: Sharding | None,
+    sharding: Placing | None,
     quantise: Quantise | None,
 ) -> Any:
     stacked = len(spec.stacked)
     lead, shape = spec.shape[:stacked], spec.shape[stacked:]
-    weight = None
+    weight: Any = None
+    places: Any = None
     for index, name in spec.tensors():
         tensor = _read(source, name, shape, dtype, path, quantise)
-        if isinstance(tensor, np.ndarray):
-            if weight is None:
-                weight = _zeros(spec.shape, dtype, sharding)
-            tensor = _placed(tensor, stacked, sharding)
-        elif weight is None:
-            # A quantised weight is a few arrays, which no mesh splits yet.
-            weight = jax.tree.map(lambda leaf: _zeros((*lead, *leaf.shape), leaf.dtype, sharding), tensor)
+        if weight is None:
+            held = dtype if isinstance(tensor, np.ndarray) else None
+            shapes = jax.tree.map(
+                lambda x, held=held: jax.ShapeDtypeStruct((*lead, *x.shape), held or x.dtype), tensor
+            )
+            places = sharding(path, shapes) if sharding else None
+            weight = _over(places, lambda at, x: _zeros(x.shape, x.dtype, at), shapes)
         at = np.array(index, np.int32)
-        weight = _write_all(weight, tensor, at, sharding)
+        tensor = _over(places, lambda at, x: _placed(x, stacked, at), tensor)
+        weight = _over(places, lambda where, x, part, at=at: _write(x, part, at, where), weight, tensor)
         jax.block_until_ready(weight)  # or tensors queue up faster than they are written
     return weight
+
+
+def _over(places: Any, function: Callable[..., Any], *weights: Any) -> Any:
+    """`function(sharding or None, *arrays)` of each array that weights are made of."""
+    if places is None or isinstance(places, Sharding):
+        return jax.tree.map(lambda *arrays: function(places, *arrays), *weights)
+    return jax.tree.map(function, places, *weights)
 
 
 def _read(
@@ -167,10 +178,6 @@ def _read(
     tensor = source.read(name).reshape(shape)
     node = quantise(path, tensor.astype(dtype)) if quantise else None
     return tensor if node is None else node
-
-
-def _write_all(weight: Any, tensor: Any, index: np.ndarray, sharding: Sharding | None) -> Any:
-    return jax.tree.map(lambda whole, part: _write(whole, part, index, sharding), weight, tensor)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

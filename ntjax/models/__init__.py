@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ntjax.errors import ConfigError
+from ntjax.layout import Layout
 from ntjax.models.decoder import Cache, Decoder, DecoderConfig, Model
 
 __all__ = ["Cache", "Decoder", "DecoderConfig", "Model", "build", "families", "is_scoring", "scoring_config"]
@@ -27,11 +28,12 @@ def build(
     remat: bool = False,
     labels: int = 0,
     attention: str = "xla",
+    layout: Layout | None = None,
 ) -> Model:
     """The model that a config.json describes, computing in `dtype`.
 
     With `remat`, the backward pass forms each block's activations again. With `labels`, it has a head of so many
-    scores, as transformers' sequence classifiers, instead of the language model's.
+    scores, as transformers' sequence classifiers, instead of the language model's. `layout` is that of its weights.
     """
     from transformers import AutoConfig
 
@@ -49,7 +51,7 @@ def build(
     config = replace(
         family.config_from_hf(full), dtype=dtype, remat=remat, labels=labels, attention=attention
     )
-    return Model.of(family.decoder(config), hf)
+    return Model.of(family.decoder(config), hf, layout)
 
 
 def is_scoring(hf: dict[str, Any]) -> bool:

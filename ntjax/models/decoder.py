@@ -20,10 +20,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from ntjax.layout import Layout
 from ntjax.ops.attention import Kept, Tokens
+from ntjax.ops.logprobs import TokenLogprobs, token_logprobs
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.rope import Rope, rotations
 from ntjax.params import Params, Specs, weight
+from ntjax.weights import whole
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,14 @@ class Block(Protocol):
 
 
 class Context(struct.PyTreeNode):
-    """What all layers share: each token's angles and place; whether keys and values are kept; and, with a cache, the
-    places of prompts and of what was written after them, and the column to write."""
+    """What all layers share: each token's angles and place; whether keys and values are kept; whether other devices
+    have other tokens of the rows; and, with a cache, the places of prompts and of what was written after them, and
+    the column to write."""
 
     rotation: tuple[jax.Array, jax.Array]
     tokens: Tokens
     keep: bool = struct.field(pytree_node=False, default=False)
+    parted: bool = struct.field(pytree_node=False, default=False)
     before: tuple[Tokens, Tokens] | None = None
     at: jax.Array | None = None
 
@@ -102,10 +107,12 @@ class Decoder(nnx.Module):
         elif not config.tied:
             self.head = weight(sizes, "embed -> vocab", "lm_head.weight")
 
-    def __call__(self, ids: jax.Array, tokens: Tokens, keep: bool) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, ids: jax.Array, tokens: Tokens, *, keep: bool = False, parted: bool = False
+    ) -> tuple[jax.Array, Any]:
         config = self.config
-        x = self.embed.get_value()[ids].astype(config.dtype)
-        context = Context(rotations(config.rope, tokens), tokens, keep)
+        x = whole(self.embed.get_value())[ids].astype(config.dtype)
+        context = Context(rotations(config.rope, tokens), tokens, keep, parted)
         graph, layers = nnx.split(self.blocks)
 
         def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
@@ -123,7 +130,7 @@ class Decoder(nnx.Module):
         x = self.embed.get_value()[ids].astype(config.dtype)
         at = cache.at % cache.own.segments.shape[1]
         own = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, at)), cache.own, tokens)
-        context = Context(rotations(config.rope, tokens), tokens, False, (cache.prompts, own), at)
+        context = Context(rotations(config.rope, tokens), tokens, before=(cache.prompts, own), at=at)
         graph, _ = nnx.split(self.blocks)
         written = []
         for weights, kept in zip(layers, cache.layers, strict=True):
@@ -137,22 +144,24 @@ class Decoder(nnx.Module):
 class Model:
     """A model without its weights: a graph and declarations. Hashable, so a jitted function may close over it.
 
-    `hf` is the config.json it came from, with transformers' defaults filled in.
+    `hf` is the config.json it came from, with transformers' defaults filled in; `layout` says how its weights lie on
+    several devices, None that there is one.
     """
 
     config: DecoderConfig
     graph: nnx.GraphDef
     specs: Specs = field(hash=False, compare=False)
     hf: dict[str, Any] = field(hash=False, compare=False)
+    layout: Layout | None = None
 
     @classmethod
-    def of(cls, decoder: Decoder, hf: dict[str, Any]) -> Model:
+    def of(cls, decoder: Decoder, hf: dict[str, Any], layout: Layout | None = None) -> Model:
         """The model that `decoder` declares."""
         graph, state = nnx.split(decoder)
         specs = {
             ".".join(map(str, path)): param.get_metadata()["spec"] for path, param in nnx.to_flat_state(state)
         }
-        return cls(decoder.config, graph, specs, hf)
+        return cls(decoder.config, graph, specs, hf, layout)
 
     def bind(self, params: Params) -> Decoder:
         """The module with these weights in it."""
@@ -164,11 +173,30 @@ class Model:
 
         Embedding look-up clamps ids that are out of range silently: they are checked on the host.
         """
-        return self.bind(params)(ids, tokens, False)[0]
+        layout = self.layout
+        if layout is None:
+            return self.bind(params)(ids, tokens)[0]
+
+        def hidden(params: Params, ids: jax.Array, tokens: Tokens) -> jax.Array:
+            return self.bind(params)(ids, tokens, parted=layout.sequence > 1)[0]
+
+        params = {path: params[path] for path in self.specs}
+        return layout.over_rows(hidden, params, self.specs, ids, tokens)
+
+    def logprobs(self, params: Params, hidden: jax.Array, targets: jax.Array) -> TokenLogprobs:
+        """`token_logprobs` under the head of tokens: hidden [B, T, D], targets [B, T] int32 -> [B, T] each."""
+        if self.layout is None:
+            return token_logprobs(hidden, self.head(params), targets)
+        name = "embed" if self.config.tied else "head"
+
+        def scores(params: Params, hidden: jax.Array, targets: jax.Array) -> TokenLogprobs:
+            return token_logprobs(hidden, whole(params[name]), targets)
+
+        return self.layout.over_rows(scores, {name: params[name]}, self.specs, hidden, targets)
 
     def prefill(self, params: Params, ids: jax.Array, tokens: Tokens) -> tuple[jax.Array, list]:
         """`hidden`, and the keys and values [B, K, T, h] of each layer."""
-        hidden, kept = self.bind(params)(ids, tokens, True)
+        hidden, kept = self.bind(params)(ids, tokens, keep=True)
         return hidden, [jax.tree.map(lambda x, n=n: x[n], kept) for n in range(self.config.layers)]
 
     def layers(self, params: Params) -> list[Any]:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from ntjax.errors import ConfigError
 from ntjax.models.decoder import Context, Decoder, DecoderConfig
-from ntjax.ops.attention import attention, continued
+from ntjax.ops.attention import across, attention, continued
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.rope import rope_from_hf, rotate
 from ntjax.params import weight
@@ -51,7 +51,8 @@ class Attention(nnx.Module):
         if context.keep or cache is not None:
             kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is None:
-            mixed = attention(q, k, v, context.tokens, context.tokens, self.window, self.kernel)
+            keys, k, v = across(context.tokens, k, v) if context.parted else (context.tokens, k, v)
+            mixed = attention(q, k, v, context.tokens, keys, self.window, self.kernel)
         else:
             assert context.before is not None
             prompts, own = context.before

@@ -8,10 +8,13 @@ Axes: B batch, T query time, S key time, K key/value heads, G query heads a key/
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from ntjax.mesh import SEQUENCE
 
 BLOCK = 256  # queries whose scores are alive at a time
 
@@ -52,6 +55,16 @@ def attention(
         return KERNELS[kernel](q, k, v, queries, keys, window)
     except NotImplementedError:
         return plain(q, k, v, queries, keys, window)
+
+
+def across(keys: Tokens, k: jax.Array, v: jax.Array) -> tuple[Tokens, jax.Array, jax.Array]:
+    """The keys and values [B, S, K, h] of whole rows, of which the devices along `sequence` have a part each.
+
+    All of them are fetched at once (arXiv:2407.21783, 3.3.2): with grouped queries they are few beside the queries,
+    which stay where they are, and packed rows need no other mask.
+    """
+    gather = partial(jax.lax.all_gather, axis_name=SEQUENCE, axis=1, tiled=True)
+    return Tokens(*map(gather, keys)), gather(k), gather(v)
 
 
 class Kept(NamedTuple):

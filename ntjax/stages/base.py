@@ -271,12 +271,11 @@ def next_token_loss(model: Model) -> Loss:
 
     from ntjax.losses.nll import nll
     from ntjax.ops.attention import Tokens
-    from ntjax.ops.logprobs import token_logprobs
 
     def loss(params: Any, batch: Any) -> Any:
         hidden = model.hidden(params, batch["tokens"], Tokens(batch["positions"], batch["segments"]))
         # Position t predicts token t + 1; the last one predicts nothing, and no row learns its first token.
         targets, mask = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "mask"))
-        return nll(token_logprobs(hidden, model.head(params), targets), mask)
+        return nll(model.logprobs(params, hidden, targets), mask)
 
     return loss

@@ -209,13 +209,12 @@ def _scored(model: Model, params: Params, batch: Batch) -> tuple[Any, Any, Any]:
 
     from ntjax.losses.pairs import Targets
     from ntjax.ops.attention import Tokens
-    from ntjax.ops.logprobs import token_logprobs
 
     shape = batch["tokens"].shape
     tokens, segments, positions = (
         batch[name].reshape(-1, shape[-1]) for name in ("tokens", "segments", "positions")
     )
     hidden = model.hidden(params, tokens, Tokens(positions, segments))
-    scores = token_logprobs(hidden, model.head(params), jnp.roll(tokens, -1, axis=1))
+    scores = model.logprobs(params, hidden, jnp.roll(tokens, -1, axis=1))
     scores = jax.tree.map(lambda x: x.reshape(shape), scores)
     return hidden, scores, Targets.of(batch["mask"], batch["segments"], batch["pairs"])

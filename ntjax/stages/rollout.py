@@ -206,7 +206,6 @@ def completion_scores(model: Model, params: Params, batch: Batch, temperature: f
     import jax.numpy as jnp
 
     from ntjax.ops.attention import Tokens
-    from ntjax.ops.logprobs import token_logprobs
 
     tokens = batch["tokens"]
     hidden = model.hidden(params, tokens, Tokens(batch["positions"], batch["segments"]))
@@ -214,5 +213,5 @@ def completion_scores(model: Model, params: Params, batch: Batch, temperature: f
     at = jnp.minimum(at, tokens.shape[1] - 1)  # past the end is masked
     before = jnp.take_along_axis(hidden, at[..., None] - 1, axis=1)
     targets = jnp.take_along_axis(tokens, at, axis=1)
-    found = token_logprobs((before / temperature).astype(before.dtype), model.head(params), targets)
+    found = model.logprobs(params, (before / temperature).astype(before.dtype), targets)
     return Scored(found.logp, found.entropy, before)

@@ -104,7 +104,7 @@ def test_a_weight_is_loaded_and_saved_where_it_is_sharded(tmp_path, folder, mode
         folder,
         specs,
         dtype="float32",
-        sharding=lambda path: NamedSharding(mesh, split.get(path, PartitionSpec())),
+        sharding=lambda path, shapes: NamedSharding(mesh, split.get(path, PartitionSpec())),
     )
     assert params["q"].sharding.spec == split["q"]
     assert {shard.data.shape for shard in params["q"].addressable_shards} == {(3, 2, 4, 4)}

@@ -1,0 +1,281 @@
+"""How weights lie on a mesh, and how a model runs on its parts.
+
+One table of rules names the mesh axis of each axis of a weight; the ZeRO stage (arXiv:1910.02054) says what the
+devices along `fsdp` share out: 1 the optimizer's state, 2 gradients too, 3 weights too.
+
+The model itself runs under `shard_map`: each device has its own rows and tokens, and fetches the other parts of a
+weight where the weight meets an activation (`weights.Parted`), so that the collectives are those that are written
+down: gathers of weights, their transposes for gradients, nothing for activations. Only `tensor` is left to XLA, which
+finds from the weights' shardings what Megatron writes by hand (arXiv:1909.08053). What comes before and after the
+model, a few numbers a token, is left to XLA too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ntjax.errors import ConfigError
+from ntjax.mesh import AXES, FSDP, ROWS, SEQUENCE, TENSOR, row_groups
+from ntjax.params import Params, Spec, Specs
+from ntjax.quantised import EightBit, FourBit
+from ntjax.weights import Adapted, Parted
+
+# Axis of a weight -> axis of the mesh.
+RULES: Mapping[str, str] = {
+    "embed": FSDP,
+    "vocab": TENSOR,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "mlp": TENSOR,
+}
+MANUAL = (*ROWS, SEQUENCE)  # the axes that the model is written for
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh, the rules by which weights lie on it, and the ZeRO stage. Hashable: a model carries it."""
+
+    mesh: Mesh
+    zero: int = 0
+    rules: tuple[tuple[str, str], ...] = tuple(RULES.items())
+
+    def __str__(self) -> str:
+        """For people: "8 devices", "8 devices: fsdp 4, tensor 2, ZeRO 3"."""
+        along = [f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1]
+        if self.zero and self.mesh.shape[FSDP] > 1:
+            along.append(f"ZeRO {self.zero}")
+        count = f"{self.mesh.size} device{'s' if self.mesh.size > 1 else ''}"
+        return f"{count}: {', '.join(along)}" if along else count
+
+    @property
+    def rows(self) -> int:
+        """Into how many parts a batch's rows are split."""
+        return row_groups(self.mesh)
+
+    @property
+    def sequence(self) -> int:
+        """Into how many parts a row's tokens are split."""
+        return self.mesh.shape[SEQUENCE]
+
+    @cached_property
+    def parallel(self) -> bool:
+        """Whether rows or tokens are split at all."""
+        return self.rows * self.sequence > 1
+
+    def check(self, specs: Specs, where: Callable[[str], str | None]) -> None:
+        """Raises ConfigError at `where(mesh axis)` unless every axis that is split divides evenly."""
+        for path, spec in specs.items():
+            for name, axis, size in zip(spec.names, self._axes(spec, True), spec.shape, strict=True):
+                count = self.mesh.shape[axis] if axis else 1
+                if size % count:
+                    fits = [n for n in range(1, size + 1) if size % n == 0 and n <= self.mesh.size]
+                    raise ConfigError(
+                        f"{axis} = {count}: {path} has {size} {name}, which {count} devices can't share evenly",
+                        where=where(axis or ""),
+                        fix=f'set it to one of {", ".join(map(str, fits))}, or [mesh.rules] {name} = "none"',
+                    )
+
+    def axis(self, name: str) -> str | None:
+        """The mesh axis that a weight's axis is split over."""
+        return self._named((name,), True)[0]
+
+    def partition(self, spec: Spec, *, parted: bool) -> PartitionSpec:
+        """Where the axes of a weight lie; the devices along `fsdp` share it out only if it is `parted`."""
+        return PartitionSpec(*self._axes(spec, parted))
+
+    def _axes(self, spec: Spec, parted: bool) -> list[str | None]:
+        return self._named(spec.names, _is_matrix(spec.torch_shape) and parted)
+
+    def _named(self, names: tuple[str, ...], parted: bool) -> list[str | None]:
+        """The mesh axis of each named one: each is used once, and only if it has more than one device."""
+        found: list[str | None] = []
+        rules = dict(self.rules)
+        for name in names:
+            axis = rules.get(name)
+            usable = axis in AXES and self.mesh.shape[axis] > 1 and axis not in found
+            found.append(axis if usable and (parted or axis != FSDP) else None)
+        return found
+
+    def partitions(self, spec: Spec, w: Any, *, parted: bool) -> Any:
+        """`partition` of every array that a weight is made of: a tree like `w` of PartitionSpecs."""
+        if isinstance(w, Adapted):
+            stacked, rank = spec.stacked, int(w.b.shape[-1])
+            parts = parted and rank > 1
+            magnitude = PartitionSpec(*self._named((*stacked, *spec.outputs), False))
+            return w.replace(  # type: ignore[attr-defined]
+                base=self.partitions(spec, w.base, parted=parted),
+                a=PartitionSpec(*self._named((*stacked, "rank", *spec.inputs), parts)),
+                b=PartitionSpec(*self._named((*stacked, *spec.outputs, "rank"), parts)),
+                scale=PartitionSpec(),
+                magnitude=None if w.magnitude is None else magnitude,
+                key=None if w.key is None else PartitionSpec(),
+            )
+        axes = self._axes(spec, parted)
+        if isinstance(w, EightBit):
+            scale = self._named((*spec.stacked, *spec.outputs), False)
+            return w.replace(codes=PartitionSpec(*axes), scale=PartitionSpec(*scale))  # type: ignore[attr-defined]
+        if isinstance(w, FourBit):
+            return self._of_blocks(spec, w, [axis for axis in (FSDP, TENSOR) if axis in axes])
+        return PartitionSpec(*axes)
+
+    def _of_blocks(self, spec: Spec, w: FourBit, axes: list[str]) -> Any:
+        """4-bit weights are split by blocks, as far as these divide; what is nested stays whole."""
+        lead, blocks = [None] * len(spec.stacked), w.absmax.shape[-1]
+        while axes and blocks % math.prod(self.mesh.shape[axis] for axis in axes):
+            axes = axes[:-1]
+        by_blocks = PartitionSpec(*lead, tuple(axes) or None)
+        return w.replace(  # type: ignore[attr-defined]
+            codes=by_blocks,
+            absmax=by_blocks,
+            nested=None if w.nested is None else PartitionSpec(),
+            offset=None if w.offset is None else PartitionSpec(),
+        )
+
+    def placed(self, tree: Any) -> Any:
+        """The shardings of a tree of PartitionSpecs."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), tree, is_leaf=_is_partition)
+
+    def shardings(self, params: Params, specs: Specs, *, parted: bool | None = None) -> dict[str, Any]:
+        """The shardings of weights as they are held between steps: parted from ZeRO 3 on."""
+        parted = self.zero >= 3 if parted is None else parted
+        return {
+            path: self.placed(self.partitions(specs[path], w, parted=parted)) for path, w in params.items()
+        }
+
+    def put(self, params: Params, specs: Specs) -> Params:
+        """The weights, as they are held between steps."""
+        return jax.device_put(params, self.shardings(params, specs))
+
+    def of_state(self, state: Any, specs: Specs) -> Any:
+        """The shardings of an optimizer's state, whose arrays are like the weights they are kept for, or like
+        a stack of the Hugging Face tensors those are made of."""
+
+        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+            spec = next((specs[key] for key in reversed(keys) if key in specs), None)
+            axes: list[str | None] = []
+            if spec is not None and leaf.shape == spec.shape:
+                axes = self._axes(spec, self.zero >= 1)
+            elif spec is not None and leaf.shape[1:] == spec.torch_shape and _is_matrix(spec.torch_shape):
+                stored = dict(zip(spec.names, self._axes(spec, self.zero >= 1), strict=True))
+                axes = [None, stored[spec.outputs[0]], stored[spec.inputs[0]]]
+            return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+        return jax.tree_util.tree_map_with_path(place, state)
+
+    def shared(self, gradients: Params, specs: Specs) -> Params:
+        """Gradients or updates as the devices share them out, inside a compiled function."""
+        if self.zero < 2:
+            return gradients
+        return {
+            path: jax.lax.with_sharding_constraint(
+                w, NamedSharding(self.mesh, self.partition(specs[path], parted=True))
+            )
+            for path, w in gradients.items()
+        }
+
+    def gathered(self, params: Params, specs: Specs, dtype: str) -> Params:
+        """The weights with no part of them along `fsdp` missing, as the sampler wants them: matrices in `dtype`."""
+        if self.zero < 3 or self.mesh.shape[FSDP] == 1:
+            return params
+
+        def gather(params: Params) -> Params:
+            def cast(w: Any) -> Any:
+                return w.astype(dtype) if isinstance(w, jax.Array) and w.ndim > 2 else w
+
+            return {path: cast(w) for path, w in params.items()}
+
+        return jax.jit(gather, out_shardings=self.shardings(params, specs, parted=False))(params)
+
+    def over_rows(self, function: Callable[..., Any], params: Params, specs: Specs, *arrays: Any) -> Any:
+        """`function(params, *arrays)`, each device on its own rows and tokens; arrays and results: [rows, time, ...].
+
+        Time is padded with zeros so that it can be split; weights come with their other parts to be fetched.
+        """
+        if not self.parallel:
+            return function(params, *arrays)
+        time = jax.tree.leaves(arrays)[0].shape[1]
+        short = -time % self.sequence
+
+        def padded(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, [(0, 0), (0, short), *[(0, 0)] * (x.ndim - 2)]) if short else x
+
+        parted = {path: self._parted(specs[path], w) for path, w in params.items()}
+        split = PartitionSpec(ROWS, SEQUENCE)
+        run = jax.shard_map(
+            lambda params, *arrays: function(_with_own_keys(params), *arrays),
+            mesh=self.mesh,
+            in_specs=(_by_hand(parted), *(split for _ in arrays)),
+            out_specs=split,
+            axis_names=set(MANUAL),
+            check_vma=False,
+        )
+        found = run(parted, *jax.tree.map(padded, arrays))
+        return jax.tree.map(lambda x: x[:, :time], found) if short else found
+
+    def _parted(self, spec: Spec, w: Any) -> Any:
+        """The weight with each array that is shared out marked as such."""
+        if self.zero < 2:
+            return w
+
+        def mark(partition: PartitionSpec, leaf: Any) -> Any:
+            at = [number for number, axes in enumerate(partition) if axes == FSDP or FSDP in (axes or ())]
+            if not at:
+                return leaf
+            axis = at[0] - leaf.ndim
+            if self.zero >= 3:
+                return Parted(leaf, axis)
+            part = jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, partition))
+            return Parted(part, axis, jax.lax.stop_gradient(leaf))
+
+        return jax.tree.map(mark, self.partitions(spec, w, parted=True), w, is_leaf=_is_partition)
+
+
+def placing(layout: Layout, specs: Specs) -> Callable[[str, Any], Any]:
+    """(path, shapes of a weight's arrays) -> where these lie between steps."""
+    return lambda path, shapes: layout.shardings({path: shapes}, specs)[path]
+
+
+def _by_hand(parted: Any) -> Any:
+    """How `shard_map` splits weights: along `fsdp` where they are marked as parts, else not at all."""
+
+    def split(w: Any) -> Any:
+        if not isinstance(w, Parted):
+            return PartitionSpec()
+        axes = [None] * (w.part.ndim + w.axis)
+        copy = None if w.copy is None else PartitionSpec()
+        return w.replace(part=PartitionSpec(*axes, FSDP), copy=copy)  # type: ignore[attr-defined]
+
+    return jax.tree.map(split, parted, is_leaf=lambda w: isinstance(w, Parted))
+
+
+def _with_own_keys(params: Params) -> Params:
+    """The weights with keys of dropout that differ between devices, which have different rows."""
+    number = jax.lax.axis_index(MANUAL)
+
+    def own(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        fold = jax.random.fold_in
+        for _ in leaf.shape:
+            fold = jax.vmap(fold, (0, None))
+        return fold(leaf, number)
+
+    return jax.tree.map(own, params)
+
+
+def _is_matrix(torch_shape: tuple[int, ...]) -> bool:
+    """Vectors and single rows are not worth sharing out."""
+    return len(torch_shape) == 2 and min(torch_shape) > 1
+
+
+def _is_partition(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
