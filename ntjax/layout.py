@@ -209,13 +209,16 @@ class Layout:
             return jnp.pad(x, [(0, 0), (0, short), *[(0, 0)] * (x.ndim - 2)]) if short else x
 
         parted = {path: self._parted(specs[path], w) for path, w in params.items()}
-        split = PartitionSpec(ROWS, SEQUENCE)
+        # Axes of one device are left out: sums over them would be compiled as collectives all the same.
+        manual = tuple(axis for axis in MANUAL if self.mesh.shape[axis] > 1)
+        rows = tuple(axis for axis in ROWS if axis in manual)
+        split = PartitionSpec(rows or None, SEQUENCE if SEQUENCE in manual else None)
         run = jax.shard_map(
-            lambda params, *arrays: function(_with_own_keys(params), *arrays),
+            lambda params, *arrays: function(_with_own_keys(params, manual), *arrays),
             mesh=self.mesh,
             in_specs=(_by_hand(parted), *(split for _ in arrays)),
             out_specs=split,
-            axis_names=set(MANUAL),
+            axis_names=set(manual),
             check_vma=False,
         )
         found = run(parted, *jax.tree.map(padded, arrays))
@@ -257,9 +260,9 @@ def _by_hand(parted: Any) -> Any:
     return jax.tree.map(split, parted, is_leaf=lambda w: isinstance(w, Parted))
 
 
-def _with_own_keys(params: Params) -> Params:
+def _with_own_keys(params: Params, axes: tuple[str, ...]) -> Params:
     """The weights with keys of dropout that differ between devices, which have different rows."""
-    number = jax.lax.axis_index(MANUAL)
+    number = jax.lax.axis_index(axes)
 
     def own(leaf: Any) -> Any:
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
