@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from transformers import (
 from ntjax import sampler
 from ntjax.data.prompts import Prompt
 from ntjax.draw import Sampling, cut, draw, inverse, penalised
-from ntjax.mesh import make_mesh, replicated
+from ntjax.layout import Layout
+from ntjax.mesh import make_mesh
 from ntjax.models import Model
 from ntjax.params import Params
 from ntjax.sampler import Completion, Sampler
@@ -47,10 +49,11 @@ def complete(
     prompts: Sequence[Sequence[int]], sampling: Sampling, slots: int = 64, **options: Any
 ) -> list[Completion]:
     _, model, params = tiny()
-    mesh = options.pop("mesh", None)
-    if mesh is not None:
-        params = jax.device_put(params, replicated(mesh))
-    made = Sampler(model, sampling, slots=slots, mesh=mesh, tokenizer=options.pop("tokenizer", None))
+    layout = options.pop("layout", None)
+    if layout is not None:
+        model = replace(model, layout=layout)
+        params = layout.put(params, model.specs)
+    made = Sampler(model, sampling, slots=slots, tokenizer=options.pop("tokenizer", None))
     return made(params, [Prompt(prompt) for prompt in prompts], **options)
 
 
@@ -130,12 +133,12 @@ def test_slots_that_are_refilled_change_nothing(group: int) -> None:
     same(complete(prompts, stops, slots=3 * group, seed=1, group=group), whole)
 
 
-def test_on_eight_devices_it_draws_the_same() -> None:
-    mesh = make_mesh()
-    assert mesh.size == 8
-    same(
-        complete(PROMPTS * 4, FREE, mesh=mesh, seed=2, group=2), complete(PROMPTS * 4, FREE, seed=2, group=2)
-    )
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 2, "tensor": 2, "sequence": 2}], ids=str)
+def test_on_eight_devices_it_draws_the_same(sizes: dict[str, int]) -> None:
+    layout = Layout(make_mesh(sizes), zero=3)
+    assert layout.mesh.size == 8
+    eight = complete(PROMPTS * 4, FREE, layout=layout, seed=2, group=2)
+    same(eight, complete(PROMPTS * 4, FREE, seed=2, group=2))
 
 
 def test_a_stop_token_ends_its_row_and_is_kept() -> None:

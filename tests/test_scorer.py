@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.data_utils import apply_chat_template
 
 from ntjax.errors import BadData, ConfigError, InputMissing
+from ntjax.layout import Layout
 from ntjax.mesh import make_mesh
 from ntjax.scorer import Said, Scorer
 from tests.tiny import Template, tiny_model
@@ -50,7 +51,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scorer(folder: Path, rows: int = 8, **options: Any) -> Scorer:
-    return Scorer(folder, mesh=make_mesh(), dtype="float32", attention="xla", rows=rows, **options)
+    return Scorer(folder, layout=Layout(make_mesh()), dtype="float32", attention="xla", rows=rows, **options)
 
 
 def said(count: int, talk: bool) -> Pairs:

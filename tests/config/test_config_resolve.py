@@ -253,7 +253,7 @@ def test_what_is_not_built_is_accepted_and_then_refused(load_stage: Load, line: 
 
 
 @pytest.mark.parametrize("tables", [
-    {"mesh": {"fsdp": 2}}, {"zero_stage": 1}, {"deepspeed": "x.json"},
+    {"deepspeed": "x.json"},
     {"model": {"model_name_or_path": "m", "model_type": "vlm"}},
     {"model": {"model_name_or_path": "m", "dtype": "fp16"}},
     {"stages": [{"stage_type": "ppo", "reward_function": "a:b", "value_model_path": "x"}]},
