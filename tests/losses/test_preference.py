@@ -140,6 +140,9 @@ class Sums:
     def hidden(self, params: Any, ids: jax.Array, tokens: Any) -> jax.Array:
         return params["embed"][ids] * jnp.cos(tokens.positions)[..., None]
 
+    def logprobs(self, params: Any, hidden: jax.Array, targets: jax.Array) -> Any:
+        return token_logprobs(hidden, self.head(params), targets)
+
     def head(self, params: Any) -> jax.Array:
         return params["head"]
 
