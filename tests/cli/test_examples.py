@@ -17,20 +17,24 @@ from tests.trl_reference import smollm2_folder
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-def test_the_familiar_example_runs_on_a_real_model(tmp_path: Path) -> None:
-    config = ROOT / "configs" / "llm_training_example.toml"
-    changed = [f"model.model_name_or_path={smollm2_folder(tmp_path / 'smollm2')}"]
-    changed += ["stages.sft.max_steps=1", "stages.dpo.max_steps=1"]
+def train(config: str, out: Path, changed: list[str]) -> Path:
+    """Runs a shipped config, as a user would; where its runs are."""
     done = subprocess.run(
-        [sys.executable, "-m", "ntjax.train", "--config", config, "--output-dir", tmp_path, *changed],
+        [sys.executable, "-m", "ntjax.train", "--config", f"configs/{config}", "--output-dir", out, *changed],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "llama2_sft_dpo" / "latest"
+    return out
+
+
+@pytest.mark.slow
+def test_the_familiar_example_runs_on_a_real_model(tmp_path: Path) -> None:
+    changed = [f"model.model_name_or_path={smollm2_folder(tmp_path / 'smollm2')}"]
+    changed += ["stages.sft.max_steps=1", "stages.dpo.max_steps=1"]
+    run = train("llm_training_example.toml", tmp_path, changed) / "llama2_sft_dpo" / "latest"
     (first,) = metrics(run / "dpo_stage")
     # The policy is still its own reference, but for the rounding of bfloat16 in two programs.
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
@@ -43,17 +47,8 @@ def test_the_familiar_example_runs_on_a_real_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_chain_runs_on_a_tiny_model(tmp_path: Path) -> None:
-    config = ROOT / "configs" / "full_rlhf_pipeline.toml"
     changed = [f"model.model_name_or_path={tiny_model(tmp_path / 'tiny')}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ntjax.train", "--config", config, "--output-dir", tmp_path, *changed],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "full_rlhf" / "latest"
+    run = train("full_rlhf_pipeline.toml", tmp_path, changed) / "full_rlhf" / "latest"
     for kind in ("pretrain", "sft", "reward", "dpo", "ppo", "grpo"):
         assert (run / f"{kind}_stage" / "adapter" / "adapter_model.safetensors").exists()
     assert "rewards/reward_stage/mean" in metrics(run / "ppo_stage")[0]
