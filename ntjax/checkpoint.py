@@ -16,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from ntjax import hosts
 from ntjax.errors import CheckpointError
 from ntjax.leaves import describe, first_line, load
 from ntjax.record import (
@@ -113,7 +116,7 @@ class Checkpoints:
         Raises `CheckpointError` if none is intact, or if the one that is holds other leaves.
         """
         self.close()
-        steps = self.steps() if step is None else [step]
+        steps = hosts.of_first(self.steps) if step is None else [step]
         for candidate in reversed(steps):
             try:
                 state, meta = load(self.folder, candidate, abstract)
@@ -132,7 +135,6 @@ class Checkpoints:
 
     def _open(self) -> None:
         """Sets damaged checkpoints aside, removes what killed saves left, and opens orbax's manager."""
-        import jax
         import orbax.checkpoint as ocp
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +145,7 @@ class Checkpoints:
                 aside = self.folder / f"damaged-{step}"
                 shutil.rmtree(aside, ignore_errors=True)
                 checkpoint_folder(self.folder, step).rename(aside)
+        hosts.sync("the checkpoints' folder is tidy")
         self._damaged = []
         options = ocp.CheckpointManagerOptions(
             step_name_format=_Names(),
@@ -156,9 +159,10 @@ class Checkpoints:
         step, self._saving, self._manager = self._saving, None, None
         self._failed_saves += 1
         reason = first_line(error)
-        if self._failed_saves == MAX_FAILED_SAVES:
+        # Several processes don't go on by themselves: some of them may have saved.
+        if self._failed_saves == (MAX_FAILED_SAVES if jax.process_count() == 1 else 1):
             raise CheckpointError(
-                f"{MAX_FAILED_SAVES} saves in a row failed, the last at step {step}: {reason}",
+                f"{self._failed_saves} saves in a row failed, the last at step {step}: {reason}",
                 where=str(self.folder),
                 fix="free disk space or lower save_total_limit, then resume",
             ) from error

@@ -8,6 +8,7 @@ Anything else that escapes is a bug of ours and exits 70.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -84,6 +85,24 @@ class Preempted(UserError):
             self.exit_code = 130
 
 
+class PeerLost(UserError):
+    """Another process of the run is gone or stuck."""
+
+    exit_code = 76
+
+
+# What XLA and its transports say when another process went away.
+LOST = re.compile(
+    r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|connection|heartbeat|coordination", re.I
+)
+process: int | None = None  # the number of this process in a run of several
+
+
+def line(error: UserError) -> str:
+    """The error as it is printed, by which process."""
+    return f"{'' if process is None else f'[process {process}] '}ntjax: {error}"
+
+
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Calls `main(argv)` and leaves the process with the exit code of what happened.
 
@@ -98,15 +117,22 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except UserError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        _leave(error.exit_code, f"ntjax: {error}")
+        _leave(error.exit_code, line(error))
     except SystemExit as error:
+        if process is not None:
+            _leave(70, line(UserError(f"left by sys.exit({error.code!r}) before the run was over")))
         # argparse leaves with 2 for a wrong command line, with 0 after --help.
         sys.exit(78 if error.code == 2 else error.code)
     except KeyboardInterrupt:
-        _leave(130, "ntjax: interrupted before anything was there to save")
+        _leave(130, line(UserError("interrupted before anything was there to save")))
     except Exception as error:
+        if process is not None and type(error).__name__ == "JaxRuntimeError" and LOST.search(str(error)):
+            reason = str(error).splitlines()[0]
+            lost = PeerLost(f"another process is gone: {reason}", fix="start again with --resume auto")
+            _leave(lost.exit_code, line(lost))
         traceback.print_exc()
-        _leave(70, f"ntjax: this is a bug in ntjax or in code it was given: {type(error).__name__}: {error}")
+        bug = f"this is a bug in ntjax or in code it was given: {type(error).__name__}: {error}"
+        _leave(70, line(UserError(bug)))
 
 
 def _leave(code: int, message: str) -> None:

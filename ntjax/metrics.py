@@ -111,19 +111,24 @@ class WandbSettings:
 
 
 class MetricsLog:
-    """The log of a stage; one that goes on from a checkpoint is rewound to it before it is written to."""
+    """The log of a stage; one that goes on from a checkpoint is rewound to it before it is written to. Without a folder
+    nothing is kept."""
 
-    def __init__(self, folder: Path, *, tensorboard: Path | None = None, wandb: WandbSettings | None = None):
+    def __init__(
+        self, folder: Path | None, *, tensorboard: Path | None = None, wandb: WandbSettings | None = None
+    ):
         self.folder, self.tensorboard = folder, tensorboard
         self._start = 0
         self._tensorboard: Any = None  # opened by the first write
-        self._wandb: Any = _start_wandb(wandb, folder) if wandb else None
+        self._wandb: Any = _start_wandb(wandb, folder) if wandb and folder else None
         self._warned: set[str] = set()
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`: a resumed run then has the log of one that never stopped."""
-        rewind(self.folder, step)
+        if self.folder:
+            rewind(self.folder, step)
         self._start = step
 
     def write(self, record: Mapping[str, float | int]) -> None:
@@ -150,6 +155,8 @@ class MetricsLog:
             self._wandb.finish()
 
     def _append(self, record: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         line = json.dumps(finite, allow_nan=False).encode() + b"\n"
         with (self.folder / LOG_NAME).open("ab", buffering=0) as file:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from ntjax import hosts, watchdog
 from ntjax.config import Config, refuse_unbuilt, to_toml
 from ntjax.errors import ConfigError, InputMissing, Preempted
 from ntjax.metrics import require_wandb
@@ -30,23 +34,30 @@ def run(
     if config.use_wandb:
         require_wandb(config.where("use_wandb"))
     chosen = _chosen(config, stages)
-    where = find_resume(config, resume) if resume else None
+    resolved = to_toml(config)
+    hosts.same("program", hosts.program())
+    hosts.same("config", resolved)
+    where = Resume.read(hosts.of_first(lambda: _found(config, resume)))
     if not where:
         for stage in chosen:
             refuse_used(stage, config.where(f"stages.{config.stages.index(stage)}.output_dir"))
-    folder = where.run if where else new_run(config)
+    folder = where.run if where else Path(hosts.of_first(lambda: str(new_run(config))))
     _log_to(folder / "train.log")
     for warning in config.warnings:
         log.warning("warning: %s", warning)
-    resolved = to_toml(config)
     log.info("%s", resolved)
     log.info("run folder: %s", folder)
-    if not where:
+    if not where and hosts.first():
         (folder / "config.toml").write_text(resolved)
     with StopRequest() as stop:
         _run_stages(config, chosen, folder, where, allow_changed, stop)
     log.info("done: %s", folder)
     return folder
+
+
+def _found(config: Config, resume: str | None) -> list[Any] | None:
+    found = find_resume(config, resume) if resume else None
+    return found.written() if found else None
 
 
 def _run_stages(
@@ -66,9 +77,10 @@ def _run_stages(
         folder = stage_folder(config, stage, run_folder)
         if stage not in chosen:
             continue
-        if named is not None and index >= named:
+        watchdog.arm("restore")
+        if named is not None and index >= named and hosts.first():
             unmark(folder)  # the stage that was named goes on, and what was made from it is made anew
-        if where and is_done(folder):
+        if where and hosts.of_first(partial(is_done, folder)):
             log.info("%s is done already", stage.stage_name)
             continue
         start = find_start(config, stage, _source(config, index, run_folder))
@@ -79,8 +91,10 @@ def _run_stages(
         earlier = {s.stage_name: stage_folder(config, s, run_folder) for s in config.stages[:index]}
         job = replace(job, results=earlier)
         setup = prepare(replace(job, resume=goes_on, resume_step=step, allow_changed=allow_changed))
+        hosts.same("stage", json.dumps(setup.settings, indent=1, default=str))
         # A resumed run may have other settings of those that are free to change, or allowed to.
-        (run_folder / "config.toml").write_text(to_toml(config))
+        if hosts.first():
+            (run_folder / "config.toml").write_text(to_toml(config))
         if stop.requested:
             raise Preempted(
                 f"stopped by {stop.requested.name} before {stage.stage_name} began",
@@ -180,16 +194,15 @@ def find_start(config: Config, stage: StageConfig, name: str) -> Start:
 
 def _log_to(path: Path) -> None:
     """What is logged goes to the terminal and to the run's train.log; the log has each step's metrics as well, which
-    the terminal shows as progress."""
+    the terminal shows as progress. Of several processes only the first logs more than warnings."""
     log.setLevel(logging.DEBUG)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    for handler, level in (
-        (logging.StreamHandler(sys.stdout), logging.INFO),
-        (logging.FileHandler(path), logging.DEBUG),
-    ):
+    told: list[tuple[logging.Handler, int]] = [(logging.StreamHandler(sys.stdout), logging.INFO)]
+    told += [(logging.FileHandler(path), logging.DEBUG)]
+    for handler, level in told if hosts.first() else [(logging.StreamHandler(), logging.WARNING)]:
         handler.setLevel(level)
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Shows a stage of `total` steps that goes on from step `start`, on stderr."""
+    """Shows a stage of `total` steps that goes on from step `start`, on stderr, if it is `shown`."""
 
     def __init__(
         self,
@@ -22,17 +22,18 @@ class Progress:
         total: int,
         start: int = 0,
         *,
+        shown: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.stage, self.total, self.start = stage, total, start
+        self.stage, self.total, self.start, self.shown = stage, total, start, shown
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
         self._began = self._clock()
-        if self._stream.isatty():
+        if self.shown and self._stream.isatty():
             columns = (
                 "{task.description}",
                 BarColumn(),
@@ -63,6 +64,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
+        if not self.shown:
+            return
         if self._bar is None:
             print(text, file=self._stream, flush=True)
         else:

@@ -106,7 +106,7 @@ def _scores(setup: Setup, data: Planned, score: Score, params: Params) -> np.nda
     )
     found = np.zeros((len(data.examples), 2), np.float32)
     feed, name = replace(data, plan=plan), f"{setup.job.stage.stage_name} reference"
-    with Progress(name, plan.steps) as progress, feed.open() as rows:
+    with Progress(name, plan.steps, shown=jax.process_index() == 0) as progress, feed.open() as rows:
         for step, fed in enumerate(rows):
             logps = score(params, place_batch(fed.batch, setup.layout.mesh))["ref_logps"]
             whole = np.asarray(multihost_utils.process_allgather(logps, tiled=True))[0, :, :, 0]

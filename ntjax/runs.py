@@ -30,6 +30,15 @@ class Resume:
     stage: str | None = None
     step: int | None = None
 
+    def written(self) -> list[Any]:
+        """As JSON, for `read`."""
+        return [str(self.run), self.stage, self.step]
+
+    @staticmethod
+    def read(written: list[Any] | None) -> Resume | None:
+        """What `written` wrote."""
+        return Resume(Path(written[0]), *written[1:]) if written else None
+
 
 def new_run(config: Config) -> Path:
     """A fresh run folder, with {task_name}/latest pointing at it."""

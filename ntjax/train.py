@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from ntjax import errors
 
@@ -26,9 +28,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--allow-changed", action="store_true", help="resume although settings or data differ"
     )
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 of a run of several processes listens"
+    )
+    parser.add_argument("--num-processes", type=int, metavar="N", help="how many processes the run has")
+    parser.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any setting, by dotted path")
     args = parser.parse_intermixed_args(argv)
+    place = args.coordinator, args.num_processes, args.process_id
     overrides = [*args.overrides]
     if args.output_dir:
         overrides.append(f"base_output_dir={args.output_dir}")
@@ -41,11 +49,28 @@ def main(argv: Sequence[str]) -> None:
     if config.model.device != "auto":
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(config.model.device, config.model.device)
 
+    from ntjax import hosts
     from ntjax.pipeline import run
 
-    resume = args.resume or config.resume_from_checkpoint
+    keep_compiled(config.compile_cache)
+    hosts.join(hosts.named_place(*place), asdict(config.timeouts))
+    # `ntjax.launch` starts a command again as it was given: what was begun goes on.
+    resume = os.environ.get("NTJAX_RESUME") or args.resume or config.resume_from_checkpoint
     stages = [name.strip() for name in args.stages.split(",") if name.strip()]
     run(config, resume=resume, stages=stages, allow_changed=args.allow_changed)
+    hosts.part()
+
+
+def keep_compiled(folder: str) -> None:
+    """Compiled programs are kept in `folder` ("auto": the user's cache, "none": nowhere) and found there by later runs;
+    JAX_COMPILATION_CACHE_DIR goes before it."""
+    import jax
+
+    if folder == "none":
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ntjax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache if folder == "auto" else Path(folder)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ The loop never waits for the device: a step's metrics are fetched while the next
 from __future__ import annotations
 
 import logging
+import signal
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ntjax import hosts, watchdog
 from ntjax.checkpoint import Checkpoints
 from ntjax.errors import ConfigError, Diverged, Preempted
 from ntjax.feed import Fed, Feed, Planned, Questions, Streamed
@@ -49,19 +52,28 @@ def train(setup: Setup, stop: StopRequest) -> None:
         policy, trainable={}
     )  # the loop's now, which lets them go when a checkpoint replaces them
     try:
-        if job.resume and checkpoints.latest() is not None:
+        watchdog.arm("restore")
+        if job.resume and hosts.of_first(checkpoints.latest) is not None:
             loop.restore()
         else:
             checkpoints.discard_after(-1)
             loop.rewind(0)
         loop.run(stop)
-    finally:
         checkpoints.close()
+    except BaseException:
+        if jax.process_count() == 1:  # of several, the others may not come to finish a save together
+            checkpoints.close()
+        raise
+    finally:
         loop.log.close()
         if setup.judge:
             setup.judge.close()
+    watchdog.arm("save")
     export(setup, policy, loop.best_params())
-    mark_done(job.folder, {"steps": setup.train.steps, "last": loop.last_record})
+    if hosts.first():
+        mark_done(job.folder, {"steps": setup.train.steps, "last": loop.last_record})
+    hosts.sync(f"{stage.stage_name} is done")
+    watchdog.disarm()
 
 
 def best_mode(stage: StageConfig) -> Any:
@@ -119,8 +131,10 @@ class Loop:
             self.feed = Rollouts(setup, policy.join, self.score, self.weights)
         else:
             self.feed = setup.train
-        self.log = MetricsLog(job.folder, tensorboard=_tensorboard(job), wandb=_wandb(job))
-        self.progress = Progress(self.stage.stage_name, self.feed.steps)
+        self.log = open_log(job)
+        self.vote = hosts.Vote(layout.mesh)
+        self.shapes: set[Any] = set()  # of batches that a step is compiled for
+        self.progress = Progress(self.stage.stage_name, self.feed.steps, shown=hosts.first())
         self.window = Window()
         self.done = 0  # steps dispatched
         self.epoch = 0.0  # passes over the data after `done` steps
@@ -146,13 +160,14 @@ class Loop:
         self.epoch, self.position = meta["epoch"], meta["position"]
         self.rewind(self.done)
         self.last_record = (read_metrics(job.folder) or [{}])[-1]
-        self.progress = Progress(self.stage.stage_name, self.feed.steps, start=self.done)
+        self.progress = Progress(self.stage.stage_name, self.feed.steps, start=self.done, shown=hosts.first())
         log.info("%s: resuming at step %d of %d", self.stage.stage_name, self.done, self.feed.steps)
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`."""
-        self.log.rewind(step)
-        rewind(self.setup.job.folder, step, COMPLETIONS)
+        if hosts.first():
+            self.log.rewind(step)
+            rewind(self.setup.job.folder, step, COMPLETIONS)
 
     def run(self, stop: StopRequest) -> None:
         """Runs the steps that are left."""
@@ -161,6 +176,7 @@ class Loop:
         self.clock = time.perf_counter()
         with self.progress, feed.open(self.done, self.position) as rows:
             for fed in rows:
+                self.arm(fed.batch)
                 self.state, metrics = self.step(self.state, self.frozen, self.prepared(fed.batch))
                 self.collect()
                 self.done += 1
@@ -171,8 +187,9 @@ class Loop:
                     self.evaluate()
                 if self.done < feed.steps and due(stage.save_strategy, stage.save_steps, self.done, feed):
                     self.save()  # the last one is saved with its evaluation, below
-                if stop.requested and self.done < feed.steps:
-                    self.preempt(stop.requested.name)
+                if (asked := self.vote(stop.requested or 0)) and self.done < feed.steps:
+                    self.preempt(signal.Signals(asked).name)
+                watchdog.arm("rollout" if self.stage.rolls_out else "step")
             self.collect()
             if self.setup.evaluation and stage.eval_strategy == "no" and steps_left:
                 self.evaluate()
@@ -185,6 +202,12 @@ class Loop:
         if self.score is None or reference is None or isinstance(self.feed, Rollouts):
             return placed
         return {**placed, **self.score(reference, placed)}
+
+    def arm(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Says how long the step may take: longer if it is compiled first."""
+        shape = tuple((name, array.shape) for name, array in sorted(batch.items()))
+        watchdog.arm("step" if shape in self.shapes else "compile")
+        self.shapes.add(shape)
 
     def sync(self) -> None:
         """Moves the reference towards the policy where the stage asks for that (TR-DPO, arXiv:2404.09656)."""
@@ -229,6 +252,7 @@ class Loop:
         """The stage's metrics on the held-out rows."""
         self.collect()
         assert self.setup.evaluation is not None
+        watchdog.arm("eval")
         started = time.perf_counter()
         means = finish(self.evaluated())
         record = {f"eval_{name}": value for name, value in means.items()}
@@ -259,6 +283,7 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of everything the next step depends on."""
         self.collect()
+        watchdog.arm("save")
         meta = {
             "settings": self.setup.settings,
             "window": self.window.state(),
@@ -273,7 +298,8 @@ class Loop:
     def preempt(self, signal: str) -> None:
         """Saves, waits until it is on disk, and ends the run with the exit code that says start me again."""
         self.save()
-        self.checkpoints.wait()
+        self.checkpoints.close()
+        hosts.part()
         folder, saved = self.setup.job.folder, self.checkpoints.latest()
         raise Preempted(
             f"stopped by {signal} after step {self.done} of {self.feed.steps}; step {saved} is saved in {folder}",
@@ -299,6 +325,13 @@ def due(strategy: str, every: int | None, step: int, feed: Feed | Rollouts) -> b
     if strategy == "epoch":
         return step % feed.steps_per_epoch == 0 or step == feed.steps
     return strategy == "steps" and every is not None and step % every == 0
+
+
+def open_log(job: Job) -> MetricsLog:
+    """The log of the stage; of several processes only the first has one that keeps anything."""
+    if not hosts.first():
+        return MetricsLog(None)
+    return MetricsLog(job.folder, tensorboard=_tensorboard(job), wandb=_wandb(job))
 
 
 def _tensorboard(job: Job) -> Path | None:

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ntjax import lookup
 from ntjax.config import overrides as command_line
 from ntjax.config.files import read
-from ntjax.config.schema import BnbConfig, Config, DatasetConfig, LoraConfig, MeshConfig, ModelConfig
+from ntjax.config.schema import (
+    BnbConfig,
+    Config,
+    DatasetConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    TimeoutsConfig,
+)
 from ntjax.config.settings import Table, names_of, settings_of, shown
 from ntjax.config.tables import Reader
 from ntjax.errors import ConfigError, InputMissing
@@ -114,13 +122,14 @@ def tables_of(config: Config) -> Iterator[tuple[str, Table]]:
     for index, stage in enumerate(config.stages):
         yield f"stages.{index}", stage
     yield "mesh", config.mesh
+    yield "timeouts", config.timeouts
 
 
 def _homes(key: str) -> list[str]:
     """The tables that have a setting of this name."""
     tables: dict[str, type] = {"the top level": Config, "[model]": ModelConfig, "[mesh]": MeshConfig}
     tables |= {"[model.lora_config]": LoraConfig, "[model.bnb_config]": BnbConfig}
-    tables |= {"[datasets.NAME]": DatasetConfig}
+    tables |= {"[datasets.NAME]": DatasetConfig, "[timeouts]": TimeoutsConfig}
     homes = [home for home, table in tables.items() if key in names_of(table)]
     kinds = lookup.stage_types()
     having = [kind for kind in kinds if key in names_of(lookup.stage_options(kind))]

@@ -254,6 +254,21 @@ class MeshConfig(Table):
 
 
 @dataclass(frozen=True)
+class TimeoutsConfig(Table):
+    """`[timeouts]`, in seconds, of runs of several processes: `start` is for all to come, and a process that sends no
+    sign of life for `heartbeat` is given up; the others say how long a phase may take until it counts as hung."""
+
+    start: float = setting(300.0, at_least=1)
+    heartbeat: float = setting(100.0, at_least=1)
+    restore: float = setting(3600.0, above=0)
+    compile: float = setting(3600.0, above=0)
+    step: float = setting(900.0, above=0)
+    rollout: float = setting(3600.0, above=0)
+    eval: float = setting(3600.0, above=0)
+    save: float = setting(3600.0, above=0)
+
+
+@dataclass(frozen=True)
 class Config(Table):
     """A whole run, resolved and checked. `where` gives the place in the file that a setting came from."""
 
@@ -261,6 +276,8 @@ class Config(Table):
     datasets: dict[str, DatasetConfig] = setting()
     stages: tuple[StageConfig, ...] = setting()
     mesh: MeshConfig = setting(MeshConfig())
+    timeouts: TimeoutsConfig = setting(TimeoutsConfig())
+    compile_cache: str = setting("auto")
     task_name: str = setting("run")
     seed: int = setting(42, at_least=0, at_most=2**32 - 1)
     base_output_dir: str | None = setting(None)
