@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -234,8 +235,17 @@ def program() -> str:
     return "\n".join([*lines, f"ntjax's files {digest.hexdigest()[:12]}"])
 
 
+def whole(array: jax.Array) -> np.ndarray:
+    """All of an array that may be spread over processes; all of them must ask for it."""
+    from jax.experimental import multihost_utils
+
+    return np.asarray(
+        multihost_utils.process_allgather(array, tiled=True) if jax.process_count() > 1 else array
+    )
+
+
 class Vote:
-    """What any process was asked, known to all of them at the same step.
+    """What signal any process was asked to stop by, known to all of them at the same step.
 
     With several processes that is one step later: the answer comes with the step's metrics, and nobody waits for it.
     """
@@ -249,11 +259,14 @@ class Vote:
         self.open: jax.Array | None = None
 
     def __call__(self, wish: int) -> int:
-        """The greatest wish of any process, `wish` alone, else of the call before; 0 is none."""
+        """The greatest number of any process, `wish` alone, else of the call before; 0 is none."""
         if jax.process_count() == 1:
             return wish
         before = self.open
         everywhere = np.full(self.size, wish)
         votes = jax.make_array_from_callback((self.size,), self.cast, lambda index: everywhere[index])
         self.open = self.most(votes)
-        return 0 if before is None else int(before)
+        found = 0 if before is None else int(before)
+        if found and found not in set(signal.Signals):  # collectives of different steps have met
+            raise PeerLost("the processes are not at the same step", fix="start again with --resume auto")
+        return found

@@ -13,6 +13,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+from ntjax import hosts
 from ntjax.data.pairs import EncodedPairs
 from ntjax.feed import Planned
 from ntjax.hf.folder import load_params
@@ -91,8 +92,6 @@ def _saved(setup: Setup) -> list[np.ndarray] | None:
 
 def _scores(setup: Setup, data: Planned, score: Score, params: Params) -> np.ndarray:
     """The reference's log-probs of every example [examples, 2] fp32."""
-    from jax.experimental import multihost_utils
-
     many = getattr(setup.job.stage, "precompute_ref_batch_size", None)
     many = many * setup.layout.rows if many else data.plan.rows_per_microbatch
     plan = replace(
@@ -109,7 +108,7 @@ def _scores(setup: Setup, data: Planned, score: Score, params: Params) -> np.nda
     with Progress(name, plan.steps, shown=jax.process_index() == 0) as progress, feed.open() as rows:
         for step, fed in enumerate(rows):
             logps = score(params, place_batch(fed.batch, setup.layout.mesh))["ref_logps"]
-            whole = np.asarray(multihost_utils.process_allgather(logps, tiled=True))[0, :, :, 0]
+            whole = hosts.whole(logps)[0, :, :, 0]
             for slot, values in zip(plan.slots(step)[0], whole, strict=True):
                 found[slot] = values
             progress.update(step + 1)

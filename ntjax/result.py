@@ -6,14 +6,14 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
-import jax
-import numpy as np
 import safetensors.numpy
 
+from ntjax import hosts
 from ntjax.hf.files import replacing
 from ntjax.hf.folder import save_params
 from ntjax.hf.peft import save_adapter
 from ntjax.hf.tokenizer import pad_id, save_generation_config, save_tokenizer
+from ntjax.hosts import whole
 from ntjax.params import Params
 from ntjax.policy import VALUE, VALUE_FILE, Policy, is_quantised
 from ntjax.prepare import Setup
@@ -29,13 +29,14 @@ def export(setup: Setup, policy: Policy, trainable: Params) -> None:
     joined = policy.join(policy.frozen, trainable, None)
     params = {path: joined[path] for path in setup.model.specs}
     save_params(job.folder, params, setup.model.specs, dtype=dtype, config=config)
-    if VALUE in trainable and jax.process_index() == 0:
-        head = {policy.specs[VALUE].hf: np.asarray(trainable[VALUE])}
-        with replacing(job.folder, VALUE_FILE) as create:
+    if VALUE in trainable:
+        head = {policy.specs[VALUE].hf: whole(trainable[VALUE])}
+        with replacing(job.folder, VALUE_FILE, discard=not hosts.first()) as create:
             create(VALUE_FILE).write(safetensors.numpy.save(head))
-    save_tokenizer(setup.tokenizer, job.folder)
-    if not stage.scores:
-        save_generation_config(job.folder, job.source, setup.tokenizer)
+    if hosts.first():
+        save_tokenizer(setup.tokenizer, job.folder)
+        if not stage.scores:
+            save_generation_config(job.folder, job.source, setup.tokenizer)
     if policy.plan is not None:
         if any(is_quantised(w) for w in policy.frozen.values()):
             log.info("%s: the adapter is merged into the dequantised weights", stage.stage_name)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ntjax import hosts
 from ntjax.data.loader import rounded
 from ntjax.feed import Fed, Questions
 from ntjax.judge import Verdict, rewarded
@@ -232,7 +233,7 @@ class Rollouts:
             assert policy.reference is not None
             found |= self.reference_scores(policy.reference, placed)
         mask = arrays["mask"]
-        return {name: _everyone(array).reshape(mask.shape) * mask for name, array in found.items()}
+        return {name: hosts.whole(array).reshape(mask.shape) * mask for name, array in found.items()}
 
     def evaluate(self) -> Metrics:
         """Rewards and lengths of completions of the held-out prompts, from the weights as they are."""
@@ -302,14 +303,6 @@ def _own_rows(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.n
     """This process's rows of arrays [microbatches, rows, ...]."""
     index, count = own_share(layout.mesh)
     return {name: np.split(array, count, axis=1)[index] for name, array in batch.items()}
-
-
-def _everyone(array: jax.Array) -> np.ndarray:
-    """The whole of an array [microbatches, rows, ...] whose rows are split over processes."""
-    from jax.experimental import multihost_utils
-
-    whole = multihost_utils.process_allgather(array, tiled=True) if jax.process_count() > 1 else array
-    return np.asarray(whole)
 
 
 def _number(value: Any) -> float | None:

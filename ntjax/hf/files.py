@@ -158,7 +158,7 @@ def replacing(folder: Path, stale: str, *, discard: bool = False) -> Iterator[Ca
         except OSError as error:
             raise CheckpointError(f"can't write: {error.strerror or error}", where=str(folder)) from error
         finally:
-            for name in names:
+            for name in () if discard else names:
                 _temporary(folder, name).unlink(missing_ok=True)
 
 
