@@ -145,7 +145,7 @@ def _model(hf: dict[str, Any], job: Job, layout: Layout) -> Model:
     return build(
         scoring_config(hf) if stage.scores else hf,
         dtype=config.compute_dtype(stage),
-        remat=bool(stage.gradient_checkpointing),
+        remat=stage.remat or "none",
         labels=int(stage.scores),
         attention=config.attention,
         layout=layout,

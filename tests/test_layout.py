@@ -139,7 +139,7 @@ def test_time_that_does_not_divide_is_padded(train: Train, monkeypatch: pytest.M
     check(train("odd", {"sequence": 8}), train("odd", None))
 
 
-def compiled(zero: int, remat: bool = True) -> tuple[Any, int]:
+def compiled(zero: int, remat: str = "full") -> tuple[Any, int]:
     """The SFT step of a small model on 8 devices, compiled, and the number of its weights."""
     hf = {"model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024}
     hf |= {"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8}

@@ -241,12 +241,14 @@ def _resolve_stage(
     if dataset.train_on_prompt and stage.stage_type == "sft" and stage.completion_only_loss:
         message = f" = true, but [datasets.{name}] says train_on_prompt"
         reader.blame(f"{path}.completion_only_loss", message, "keep one of the two")
+    checkpointing = _first_given(stage.gradient_checkpointing, config.model.gradient_checkpointing)
+    given = config.model.remat if stage.remat == "auto" else stage.remat
+    remat = ("full" if checkpointing else "none") if given == "auto" else given
     return dataclasses.replace(
         stage,
         per_device_eval_batch_size=stage.per_device_eval_batch_size or stage.per_device_train_batch_size,
-        gradient_checkpointing=_first_given(
-            stage.gradient_checkpointing, config.model.gradient_checkpointing
-        ),
+        gradient_checkpointing=checkpointing,
+        remat=remat,
         seed=_first_given(stage.seed, config.seed),
         do_eval=evaluates,
         eval_steps=stage.eval_steps or stage.logging_steps,

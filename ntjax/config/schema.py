@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ntjax.config import remat
 from ntjax.config.settings import Table, place_of, setting
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class ModelConfig(Table):
     load_in_8bit: bool = setting(False)
     bnb_config: BnbConfig = setting(BnbConfig())
     gradient_checkpointing: bool = setting(False)
+    remat: str | tuple[str, ...] = setting("auto")
     use_flash_attention: bool = setting(False)
     attention: str = setting(
         "auto",
@@ -125,6 +127,7 @@ class ModelConfig(Table):
         return cls(**plain)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from remat.conflicts(self.remat, self.gradient_checkpointing or None)
         if self.load_in_4bit and self.load_in_8bit:
             yield "load_in_8bit", "weights are held in 4 bits or in 8, not in both"
         for name in ("load_in_4bit", "load_in_8bit"):

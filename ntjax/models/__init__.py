@@ -25,14 +25,14 @@ def build(
     hf: dict[str, Any],
     *,
     dtype: str = "float32",
-    remat: bool = False,
+    remat: str | tuple[str, ...] = "none",
     labels: int = 0,
     attention: str = "xla",
     layout: Layout | None = None,
 ) -> Model:
     """The model that a config.json describes, computing in `dtype`.
 
-    With `remat`, the backward pass forms each block's activations again. With `labels`, it has a head of so many
+    `remat` says what blocks keep for the backward pass (`ops.remat`). With `labels`, it has a head of so many
     scores, as transformers' sequence classifiers, instead of the language model's. `layout` is that of its weights.
     """
     from transformers import AutoConfig

@@ -24,6 +24,7 @@ from ntjax.layout import Layout
 from ntjax.ops.attention import Kept, Tokens
 from ntjax.ops.logprobs import TokenLogprobs, token_logprobs
 from ntjax.ops.norms import rms_norm
+from ntjax.ops.remat import rematerialised
 from ntjax.ops.rope import Rope, rotations
 from ntjax.params import Params, Specs, weight
 from ntjax.weights import whole
@@ -51,7 +52,7 @@ class DecoderConfig:
     window: int | None = None
     attention: str = "xla"  # a kernel of ops/attention
     dtype: str = "float32"  # of activations and of matmuls; weights are cast to it where they are used
-    remat: bool = False
+    remat: str | tuple[str, ...] = "none"  # see ops/remat
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -118,8 +119,7 @@ class Decoder(nnx.Module):
         def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
             return nnx.merge(graph, weights)(x, context, None)
 
-        body = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer
-        x, kept = jax.lax.scan(body, x, layers)
+        x, kept = jax.lax.scan(rematerialised(layer, config.remat), x, layers)
         return rms_norm(x, self.norm.get_value(), config.eps), kept
 
     def decode(

@@ -15,6 +15,7 @@ from ntjax.errors import ConfigError
 from ntjax.models.decoder import Context, Decoder, DecoderConfig
 from ntjax.ops.attention import across, attention, continued
 from ntjax.ops.norms import rms_norm
+from ntjax.ops.remat import named
 from ntjax.ops.rope import rope_from_hf, rotate
 from ntjax.params import weight
 from ntjax.weights import einsum
@@ -44,9 +45,11 @@ class Attention(nnx.Module):
         self.o_bias = bias(config.out_bias, sizes, "-> embed", hf + "o_proj.bias")
 
     def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
-        q = rotate(biased(einsum("BTD,HhD->BTHh", x, self.q.get_value()), self.q_bias), context.rotation)
-        k = rotate(biased(einsum("BTD,KhD->BTKh", x, self.k.get_value()), self.k_bias), context.rotation)
-        v = biased(einsum("BTD,KhD->BTKh", x, self.v.get_value()), self.v_bias)
+        q = biased(einsum("BTD,HhD->BTHh", x, self.q.get_value()), self.q_bias)
+        k = biased(einsum("BTD,KhD->BTKh", x, self.k.get_value()), self.k_bias)
+        v = named(biased(einsum("BTD,KhD->BTKh", x, self.v.get_value()), self.v_bias), "value")
+        q = named(rotate(q, context.rotation), "query")
+        k = named(rotate(k, context.rotation), "key")
         kept: Any = None
         if context.keep or cache is not None:
             kept = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -58,7 +61,9 @@ class Attention(nnx.Module):
             prompts, own = context.before
             kept = cache.written(kept, context.at)
             mixed = continued(q, kept, context.tokens, prompts, own, self.window)
-        return biased(einsum("BTHh,DHh->BTD", mixed, self.o.get_value()), self.o_bias), kept
+        mixed = named(mixed, "attention")
+        out = biased(einsum("BTHh,DHh->BTD", mixed, self.o.get_value()), self.o_bias)
+        return named(out, "attention_out"), kept
 
 
 class MLP(nnx.Module):
@@ -75,10 +80,10 @@ class MLP(nnx.Module):
         self.down_bias = bias(config.mlp_bias, sizes, "-> embed", hf + "down_proj.bias")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = biased(einsum("BTD,MD->BTM", x, self.gate.get_value()), self.gate_bias)
-        up = biased(einsum("BTD,MD->BTM", x, self.up.get_value()), self.up_bias)
+        gate = named(biased(einsum("BTD,MD->BTM", x, self.gate.get_value()), self.gate_bias), "gate")
+        up = named(biased(einsum("BTD,MD->BTM", x, self.up.get_value()), self.up_bias), "up")
         gated = ACTIVATIONS[self.activation](gate) * up
-        return biased(einsum("BTM,DM->BTD", gated, self.down.get_value()), self.down_bias)
+        return named(biased(einsum("BTM,DM->BTD", gated, self.down.get_value()), self.down_bias), "mlp_out")
 
 
 class Block(nnx.Module):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ntjax.config import remat
 from ntjax.config.settings import Table, setting
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class StageConfig(Table):
     bf16: bool | None = setting(None)
     fp16: bool = setting(False, later="float16 with loss scaling")
     gradient_checkpointing: bool | None = setting(None)
+    remat: str | tuple[str, ...] = setting("auto")
     activation_offloading: bool = setting(False, later="activation offloading")
     deepspeed: str | dict[str, Any] | None = setting(None, later="reading DeepSpeed files")
 
@@ -240,6 +242,7 @@ class StageConfig(Table):
         return None
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from remat.conflicts(self.remat, self.gradient_checkpointing)
         if self.bf16 and self.fp16:
             yield "fp16", "a stage computes in bf16 or in fp16, not in both"
         if isinstance(self.pad_to_multiple_of, str) and self.pad_to_multiple_of != "auto":
