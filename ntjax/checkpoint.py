@@ -16,9 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from ntjax import hosts
 from ntjax.errors import CheckpointError
 from ntjax.leaves import describe, first_line, load
 from ntjax.record import (
@@ -115,6 +112,8 @@ class Checkpoints:
         Damaged checkpoints are passed over with a warning, and set aside as `damaged-N` at the next save.
         Raises `CheckpointError` if none is intact, or if the one that is holds other leaves.
         """
+        from ntjax import hosts
+
         self.close()
         steps = hosts.of_first(self.steps) if step is None else [step]
         for candidate in reversed(steps):
@@ -135,7 +134,10 @@ class Checkpoints:
 
     def _open(self) -> None:
         """Sets damaged checkpoints aside, removes what killed saves left, and opens orbax's manager."""
+        import jax
         import orbax.checkpoint as ocp
+
+        from ntjax import hosts
 
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -158,6 +160,8 @@ class Checkpoints:
         """Forgets the save under way; the manager is opened anew because it lost count of what is on disk."""
         step, self._saving, self._manager = self._saving, None, None
         self._failed_saves += 1
+        import jax
+
         reason = first_line(error)
         # Several processes don't go on by themselves: some of them may have saved.
         if self._failed_saves == (MAX_FAILED_SAVES if jax.process_count() == 1 else 1):

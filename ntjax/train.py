@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 from ntjax import errors
 
@@ -49,6 +47,8 @@ def main(argv: Sequence[str]) -> None:
     if config.model.device != "auto":
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(config.model.device, config.model.device)
 
+    from dataclasses import asdict
+
     from ntjax import hosts
     from ntjax.pipeline import run
 
@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> None:
 def keep_compiled(folder: str) -> None:
     """Compiled programs are kept in `folder` ("auto": the user's cache, "none": nowhere) and found there by later runs;
     JAX_COMPILATION_CACHE_DIR goes before it."""
+    from pathlib import Path
+
     import jax
 
     if folder == "none":

@@ -26,7 +26,7 @@ ONLY = {
     "weights": {"quantised", "mesh"},
     "layout": {"weights", "quantised", "params", "mesh", "errors"},
     "metrics": {"errors"},
-    "ops": {"weights", "mesh", "errors"},
+    "ops": {"weights", "mesh", "errors", "config.remat"},
     "models": {"ops", "params", "weights", "layout", "mesh", "errors"},
     "losses": {"errors", "metrics", "ops.logprobs"},
     "data": {"errors"},
