@@ -14,6 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ntjax.mesh import HOST
+
 Digest = tuple[int, int]
 
 GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio: scatters consecutive indices
@@ -21,8 +23,15 @@ GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio: scatters consecutive indices
 
 def digests(arrays: dict[str, jax.Array]) -> dict[str, Digest]:
     """The digest of every array, fetched in one go; arrays may be donated as soon as this returns."""
-    sums = jax.device_get({name: _sums(x) for name, x in arrays.items()})
+    sums = jax.device_get({name: _sums(_on_device(x)) for name, x in arrays.items()})
     return {name: (int(first), int(second)) for name, (first, second) in sums.items()}
+
+
+def _on_device(x: jax.Array) -> jax.Array:
+    """The array where devices compute: a state may lie in the host's memory."""
+    if x.sharding.memory_kind != HOST:
+        return x
+    return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
 @jax.jit

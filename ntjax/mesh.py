@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ntjax.errors import ConfigError
 
 DATA, FSDP, TENSOR, SEQUENCE = AXES = ("data", "fsdp", "tensor", "sequence")
+HOST = "pinned_host"  # the memory that weights and states are offloaded to
 ROWS = (DATA, FSDP)  # the axes that a batch's rows are split over
 
 
@@ -94,6 +95,11 @@ def _across_slices(
 def row_groups(mesh: Mesh) -> int:
     """Into how many parts a batch's rows are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def has_host_memory(mesh: Mesh) -> bool:
+    """Whether the devices can compute on what lies in the host's memory (`HOST`)."""
+    return any(memory.kind == HOST for memory in mesh.local_devices[0].addressable_memories())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -27,7 +27,7 @@ from ntjax.hf.hub import locate
 from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id, stop_ids
 from ntjax.judge import Judge, open_judge
 from ntjax.layout import RULES, Layout
-from ntjax.mesh import make_mesh, own_share
+from ntjax.mesh import has_host_memory, make_mesh, own_share
 from ntjax.models import Model, build, is_scoring, scoring_config
 from ntjax.params import Params
 from ntjax.policy import adapters
@@ -124,6 +124,12 @@ def _layout(config: Config) -> Layout:
     asked = config.mesh
     slices = {"data": asked.dcn_data, "fsdp": asked.dcn_fsdp}
     mesh = make_mesh(asked.sizes, slices=slices, where=config.where("mesh"))
+    if asked.offload_optimizer and not has_host_memory(mesh):
+        raise ConfigError(
+            f"offload_optimizer = true, but {mesh.devices.flat[0].platform} devices can't reach the host's memory",
+            where=config.where("mesh.offload_optimizer"),
+            fix="leave it out; zero_stage = 1 and more devices share the optimizer's state out",
+        )
     return Layout(mesh, asked.zero, tuple({**RULES, **asked.rules}.items()))
 
 

@@ -21,7 +21,7 @@ from ntjax.checkpoint import Checkpoints
 from ntjax.errors import ConfigError, Diverged, Preempted
 from ntjax.feed import Fed, Feed, Planned, Questions, Streamed
 from ntjax.layout import placing
-from ntjax.mesh import place_batch, replicated
+from ntjax.mesh import HOST, place_batch, replicated
 from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics, rewind
 from ntjax.optim import direction, schedule
 from ntjax.params import Params
@@ -34,7 +34,7 @@ from ntjax.rollout import COMPLETIONS, Rollouts, Weights
 from ntjax.runs import mark_done
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
-from ntjax.step import Batch, TrainState, eval_step, initial_state, mix, train_step
+from ntjax.step import Batch, Step, TrainState, eval_step, initial_state, mix, train_step
 
 MAX_SKIPPED = 5  # non-finite steps in a row before the run is called diverged
 log = logging.getLogger(__name__)
@@ -118,7 +118,10 @@ class Loop:
         state = initial_state(trainable, optimizer, lambda state: layout.of_state(state, specs))
         if getattr(self.stage, "sync_ref_model", False):
             state, reference = replace(state, reference=reference), None
-        self.state = replace(state, step=jax.device_put(state.step, replicated(layout.mesh)))
+        state = replace(state, step=jax.device_put(state.step, replicated(layout.mesh)))
+        if job.config.mesh.offload_optimizer:
+            state, step = offloaded(state, step)
+        self.state = state
         # The step gives everything back where it was: else the second step would be compiled anew.
         places = jax.tree.map(lambda x: x.sharding, self.state)
         self.setup, self.checkpoints = setup, checkpoints
@@ -325,6 +328,19 @@ def due(strategy: str, every: int | None, step: int, feed: Feed | Rollouts) -> b
     if strategy == "epoch":
         return step % feed.steps_per_epoch == 0 or step == feed.steps
     return strategy == "steps" and every is not None and step % every == 0
+
+
+def offloaded(state: TrainState, step: Step) -> tuple[TrainState, Step]:
+    """The state with the optimizer's part in the host's memory, and the step that fetches it for its own time."""
+    places = jax.tree.map(lambda x: x.sharding, state.opt_state)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    log.info("the optimizer's state in the host's memory: %.1f MB", held / 1e6)
+    host = jax.tree.map(lambda place: place.with_memory_kind(HOST), places)
+
+    def fetching(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        return step(replace(state, opt_state=jax.device_put(state.opt_state, places)), frozen, batch)
+
+    return replace(state, opt_state=jax.device_put(state.opt_state, host)), fetching
 
 
 def open_log(job: Job) -> MetricsLog:

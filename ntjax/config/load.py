@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ntjax import lookup
+from ntjax.config import deepspeed
 from ntjax.config import overrides as command_line
 from ntjax.config.files import read
 from ntjax.config.schema import (
@@ -42,6 +43,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         command_line.apply(override, data, places)
     reader = Reader(str(source.path), places, _homes)
     _move_zero_stage(data, reader)
+    options = {kind: lookup.stage_options(kind) for kind in lookup.stage_types()}
+    told = list(deepspeed.apply(data, options, reader, source.path.parent))
     data["datasets"] = _datasets(data.get("datasets"), reader)
     data["stages"] = _stages(data.get("stages"), reader)
     config = reader.build(Config, data, "")
@@ -50,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = dataclasses.replace(config, path=source.path, places=places)
     config = _resolve(config, reader)
     reader.finish()
-    return dataclasses.replace(config, warnings=tuple(_warnings(config)))
+    return dataclasses.replace(config, warnings=(*told, *_warnings(config)))
 
 
 def dataset_for(config: Config, stage: StageConfig) -> tuple[str, DatasetConfig]:

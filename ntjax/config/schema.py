@@ -219,6 +219,7 @@ class MeshConfig(Table):
     rules: dict[str, str] = setting({})
     dcn_data: int = setting(1, at_least=1)
     dcn_fsdp: int = setting(1, at_least=1)
+    offload_optimizer: bool = setting(False)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -291,7 +292,7 @@ class Config(Table):
     logging_dir: str | None = setting(None)
     resume_from_checkpoint: str | None = setting(None)
     ignore_data_skip: bool = setting(False, later="resuming without the data position")
-    deepspeed: str | dict[str, Any] | None = setting(None, later="reading DeepSpeed files")
+    deepspeed: str | dict[str, Any] | None = setting(None)
 
     path: Path = field(default=Path("run.toml"), compare=False)
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

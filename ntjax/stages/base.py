@@ -160,7 +160,7 @@ class StageConfig(Table):
     gradient_checkpointing: bool | None = setting(None)
     remat: str | tuple[str, ...] = setting("auto")
     activation_offloading: bool = setting(False, later="activation offloading")
-    deepspeed: str | dict[str, Any] | None = setting(None, later="reading DeepSpeed files")
+    deepspeed: str | dict[str, Any] | None = setting(None)
 
     pad_to_multiple_of: int | str | None = setting("auto", at_least=1, later="a choice of padded lengths")
     seed: int | None = setting(None, at_least=0, at_most=2**32 - 1)

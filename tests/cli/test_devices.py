@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,28 @@ def test_eight_devices_lose_what_one_does_and_one_takes_over(
     assert taken_over.code == 0, taken_over.err
     assert "resuming at step 12 of 24" in taken_over.out
     assert losses(stages["eight"]) == pytest.approx(losses(stages["one"]), rel=1e-5)
+
+
+def test_a_deepspeed_file_sets_the_mesh_and_offloads(
+    place: Path, ntjax: Callable[..., Result], config: Callable[..., Path], latest: Callable[[str], Path]
+) -> None:
+    """The optimizer's state in the host's memory changes no number, and is saved and restored like any other."""
+    said = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "steps_per_print": 9}
+    (place / "ds.json").write_text(json.dumps(said))
+    plain, offloaded = (config(task, per_device_train_batch_size=1) for task in ("ds-plain", "ds-offloaded"))
+    alone = ntjax("train", "--config", plain, "mesh.zero_stage=2", env=devices(4))
+    assert alone.code == 0, alone.err
+    command = "train", "--config", offloaded, "--deepspeed", "ds.json"
+    ended = ntjax(*command, env=devices(4))
+    assert ended.code == 0, ended.err
+    assert "without a counterpart here, and not read: steps_per_print" in ended.out
+    assert "optimizer's state in the host's memory" in ended.out
+    stages = latest("ds-plain") / "sft_stage", latest("ds-offloaded") / "sft_stage"
+    assert losses(stages[1]) == losses(stages[0])
+
+    resumed = ntjax(*command, "--resume", stages[1] / "checkpoint-12", env=devices(4))
+    assert resumed.code == 0, resumed.err
+    assert losses(stages[1]) == losses(stages[0])
 
 
 def test_the_step_is_compiled_once_a_bucket(place: Path, config: Callable[..., Path]) -> None:

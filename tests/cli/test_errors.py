@@ -39,7 +39,7 @@ WRONG: dict[str, tuple[Sequence[str], int, Sequence[str]]] = {
     "wrong type": (["stages.0.max_steps=many"], 78, ["max_steps", "a whole number"]),
     "impossible": (["stages.0.max_steps=0"], 78, ["max_steps", "no steps would be taken"]),
     "not built": (["stages.0.fp16=true"], 78, ["not built yet: float16 with loss scaling (stages.0.fp16)"]),
-    "deepspeed": (["--deepspeed", "ds.json"], 78, ["not built yet: reading DeepSpeed files"]),
+    "deepspeed": (["--deepspeed", "ds.json"], 66, ['"ds.json": there is no such file']),
     "no such stage": (["--stages", "dpo"], 78, ["--stages", "'dpo'", "sft_stage"]),
     "no wandb": (["use_wandb=true"], 78, ["use_wandb", 'pip install "ntjax[wandb]"']),
     "no evaluation rows": (["stages.0.do_eval=true"], 78, ["do_eval", "[datasets.sft]"]),

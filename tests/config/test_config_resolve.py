@@ -239,7 +239,6 @@ UNBUILT = {
     "neftune_noise_alpha = 5": "NEFTune noise (stages.0.neftune_noise_alpha)",
     'packing_strategy = "wrapped"': "packing that splits rows (stages.0.packing_strategy)",
     'optim = "adamw_8bit"': "8-bit optimizers (stages.0.optimizer)",
-    'deepspeed = "zero2.json"': "reading DeepSpeed files (stages.0.deepspeed)",
     'lr_scheduler_type = "greedy"': "schedules that watch the loss (stages.0.lr_scheduler_type)",
 }
 
@@ -253,7 +252,6 @@ def test_what_is_not_built_is_accepted_and_then_refused(load_stage: Load, line: 
 
 
 @pytest.mark.parametrize("tables", [
-    {"deepspeed": "x.json"},
     {"model": {"model_name_or_path": "m", "model_type": "vlm"}},
     {"model": {"model_name_or_path": "m", "dtype": "fp16"}},
     {"stages": [{"stage_type": "ppo", "reward_function": "a:b", "value_model_path": "x"}]},
