@@ -15,16 +15,18 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from ntjax import hosts, watchdog
 from ntjax.checkpoint import Checkpoints
 from ntjax.errors import ConfigError, Diverged, Preempted
 from ntjax.feed import Fed, Feed, Planned, Questions, Streamed
-from ntjax.layout import placing
+from ntjax.layout import Layout, placing
 from ntjax.mesh import HOST, place_batch, replicated
 from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics, rewind
+from ntjax.models import Model
 from ntjax.optim import direction, schedule
-from ntjax.params import Params
+from ntjax.params import Params, Specs
 from ntjax.policy import Policy, load_policy, size, with_values
 from ntjax.prepare import Job, Setup
 from ntjax.progress import Progress
@@ -34,7 +36,7 @@ from ntjax.rollout import COMPLETIONS, Rollouts, Weights
 from ntjax.runs import mark_done
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
-from ntjax.step import Batch, Step, TrainState, eval_step, initial_state, mix, train_step
+from ntjax.step import Batch, Join, Step, TrainState, eval_step, initial_state, mix, train_step
 
 MAX_SKIPPED = 5  # non-finite steps in a row before the run is called diverged
 log = logging.getLogger(__name__)
@@ -86,6 +88,21 @@ def best_mode(stage: StageConfig) -> Any:
     return "max" if higher else "min"
 
 
+def stage_step(
+    stage: StageConfig, model: Model, specs: Specs, join: Join, layout: Layout, steps: int
+) -> tuple[Step, optax.GradientTransformation]:
+    """The stage's step, not compiled, and its optimizer; `specs` declare what is trained, of which `join` makes the
+    model's weights."""
+    assert stage.seed is not None
+    optimizer, rate = direction(stage, specs), schedule(stage, steps)
+
+    def shared(gradients: Params) -> Params:
+        return layout.shared(gradients, specs)
+
+    loss, clip = stage.loss(model), stage.max_grad_norm
+    return train_step(loss, optimizer, rate, clip, join, stage.seed, shared), optimizer
+
+
 class Loop:
     """The loop over a stage's steps: what it counts, when it logs, evaluates and saves.
 
@@ -102,18 +119,8 @@ class Loop:
         job, self.stage = setup.job, setup.job.stage
         assert self.stage.seed is not None
         loss = self.stage.loss(setup.model)
-        optimizer = direction(self.stage, policy.specs)
-        rate, clip = schedule(self.stage, setup.train.steps), self.stage.max_grad_norm
         layout, specs = setup.layout, policy.specs
-        step = train_step(
-            loss,
-            optimizer,
-            rate,
-            clip,
-            policy.join,
-            self.stage.seed,
-            lambda gradients: layout.shared(gradients, specs),
-        )
+        step, optimizer = stage_step(self.stage, setup.model, specs, policy.join, layout, setup.train.steps)
         trainable = layout.put(policy.trainable, specs)
         state = initial_state(trainable, optimizer, lambda state: layout.of_state(state, specs))
         if getattr(self.stage, "sync_ref_model", False):
