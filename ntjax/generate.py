@@ -86,7 +86,7 @@ class Speaker:
 
         folder = locate(args.model)
         self.args = args
-        self.model = build(read_config(folder), dtype=args.dtype)
+        self.model = build(read_config(folder), dtype=args.dtype, attention="auto")
         self.tokenizer: Any = load_tokenizer(folder)
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         self.params = load_params(

@@ -44,7 +44,7 @@ def make_mesh(
     elif devices[0].platform == "tpu":
         from jax.experimental import mesh_utils
 
-        arranged = mesh_utils.create_device_mesh(shape, devices)
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         arranged = np.array(devices).reshape(shape)
     # Auto: XLA places collectives where `layout` doesn't. The default, Explicit, would want a sharding at every einsum.
@@ -89,7 +89,7 @@ def _across_slices(
             fix=f"let dcn_data * dcn_fsdp be {there}",
         )
     inner = tuple(size // count for size, count in zip(shape, outer, strict=True))
-    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def row_groups(mesh: Mesh) -> int:

@@ -29,6 +29,7 @@ from ntjax.judge import Judge, open_judge
 from ntjax.layout import RULES, Layout
 from ntjax.mesh import has_host_memory, make_mesh, own_share
 from ntjax.models import Model, build, is_scoring, scoring_config
+from ntjax.ops.attention import chosen
 from ntjax.params import Params
 from ntjax.policy import adapters
 from ntjax.runs import check_unchanged
@@ -109,6 +110,7 @@ def prepare(job: Job) -> Setup:
         log.info("%s: rows are padded with the end token %r, masked", stage.stage_name, tokenizer.eos_token)
     train, evaluation, digest = _feeds(job, tokenizer, model.config.vocab, layout)
     log.info("%s: %d steps on %s", stage.stage_name, train.steps, layout)
+    log.info("%s: attention: %s", stage.stage_name, model.config.attention)
     settings = _settings(job, digest, layout)
     if job.resume:
         _check_settings(job, settings)
@@ -130,6 +132,7 @@ def _layout(config: Config) -> Layout:
             where=config.where("mesh.offload_optimizer"),
             fix="leave it out; zero_stage = 1 and more devices share the optimizer's state out",
         )
+    chosen(config.attention, mesh.devices.flat[0].platform, config.where("model.attention"))
     return Layout(mesh, asked.zero, tuple({**RULES, **asked.rules}.items()))
 
 

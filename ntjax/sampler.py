@@ -111,11 +111,13 @@ class Sampler:
         """
         layout = self.model.layout
         devices = layout.rows * layout.sequence if layout else 1
-        slots = _doubled(min(max(self.slots // group, 1), len(prompts)), devices)
-        time = _doubled(max(len(prompt.tokens) for prompt in prompts), BUCKET)
-        columns = _doubled(self.sampling.max_new_tokens, BUCKET)
-        programs = _programs(self.model, self.sampling, slots, group, time, columns)
-        state = programs.empty(params)
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        shape = Shape.of(
+            self.slots, group, len(prompts), longest, self.sampling.max_new_tokens, devices=devices
+        )
+        slots, time = shape.slots, shape.time
+        compiled = programs(self.model, self.sampling, shape)
+        state = compiled.empty(params)
         waiting = iter(enumerate(prompts))
         held: list[int | None] = [None] * slots  # the prompt in each slot
         found: dict[int, list[Completion]] = {}
@@ -125,12 +127,12 @@ class Sampler:
             most = max(READ // time, devices)
             for part in (taken[at : at + most] for at in range(0, len(taken), most)):
                 rows = [first_row + number * group for _, number, _ in part]
-                count = min(slots, _doubled(len(part), devices))
-                state = programs.fill(params, state, *_padded(part, rows, count, slots, time), seed)
+                count = shape.read(len(part), devices)
+                state = compiled.fill(params, state, *_padded(part, rows, count, slots, time), seed)
             held = _with(held, taken)
             # While prompts wait, a quarter of the slots; then all.
             enough = max(1, slots // 4) if len(found) + slots < len(prompts) else slots
-            state, told = programs.decode(params, state, enough)
+            state, told = compiled.decode(params, state, enough)
             read = Told(*map(np.array, jax.device_get(told)))
             state = self._stopped(state, read, held, group)
             for slot, number in enumerate(held):
@@ -172,8 +174,28 @@ class Sampler:
         return Completion(tokens, read.logprobs[row, :count].tolist(), "stop" if stopped else "length")
 
 
+class Shape(NamedTuple):
+    """What programs are compiled for: `slots` prompts of up to `time` tokens, and after each a `group` of rows of up to
+    `columns`."""
+
+    slots: int
+    group: int
+    time: int
+    columns: int
+
+    @classmethod
+    def of(cls, rows: int, group: int, prompts: int, longest: int, tokens: int, *, devices: int) -> Shape:
+        """For `prompts` of which the longest has so many tokens, `rows` at most at a time, split over devices."""
+        slots = _doubled(min(max(rows // group, 1), prompts), devices)
+        return cls(slots, group, _doubled(longest, BUCKET), _doubled(tokens, BUCKET))
+
+    def read(self, prompts: int, devices: int) -> int:
+        """For how many prompts the program is that reads so many at once."""
+        return min(self.slots, _doubled(min(prompts, max(READ // self.time, devices)), devices))
+
+
 class Programs(NamedTuple):
-    """What is compiled for one shape of slots."""
+    """What is compiled for one shape."""
 
     empty: Callable[..., State]
     fill: Callable[..., State]
@@ -181,7 +203,9 @@ class Programs(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _programs(model: Model, sampling: Sampling, slots: int, group: int, time: int, columns: int) -> Programs:
+def programs(model: Model, sampling: Sampling, shape: Shape) -> Programs:
+    """Those that fill slots and decode them."""
+    slots, group, time, columns = shape
     rows, layout = slots * group, model.layout
 
     def placed(tree: Any, spec: PartitionSpec) -> Any:

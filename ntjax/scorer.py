@@ -68,7 +68,7 @@ class Scorer:
         self.tokenizer = load_tokenizer(folder)
         check_vocab(self.tokenizer, self.model.config.vocab)
         self.pad_id = pad_id(self.tokenizer)
-        self._scores = jax.jit(_scores(self.model, self.pad_id), out_shardings=replicated(layout.mesh))
+        self._scores = jax.jit(scores(self.model, self.pad_id), out_shardings=replicated(layout.mesh))
 
     def __call__(self, prompts: Sequence[Said], completions: Sequence[Said]) -> np.ndarray:
         """The scores [N] float32, on every host; all hosts call this with the same completions.
@@ -80,8 +80,8 @@ class Scorer:
         chunks = [order[first : first + self.rows] for first in range(0, len(order), self.rows)]
         scored = [self._forward([documents[number] for number in chunk]) for chunk in chunks]
         found = np.zeros(len(documents), np.float32)
-        for chunk, scores in zip(chunks, scored, strict=True):
-            found[chunk] = np.asarray(scores)[: len(chunk)]
+        for chunk, each in zip(chunks, scored, strict=True):
+            found[chunk] = np.asarray(each)[: len(chunk)]
         return found
 
     def tokens(self, prompts: Sequence[Said], completions: Sequence[Said]) -> list[list[int]]:
@@ -135,13 +135,13 @@ def _check_reward_model(hf: dict[str, Any], weights: Source, folder: Path) -> No
         )
 
 
-def _scores(model: Model, pad_id: int) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+def scores(model: Model, pad_id: int) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
     """(weights, tokens [R, T], lengths [R]) -> scores [R] fp32, at the last token that isn't the padding token.
 
     transformers scores that one, also where a text itself ends with the padding token.
     """
 
-    def scores(params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    def scored(params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         time = jnp.arange(tokens.shape[1])
         segments = (time < lengths[:, None]).astype(jnp.int32)
         hidden = model.hidden(params, tokens, Tokens(jnp.broadcast_to(time, tokens.shape), segments))
@@ -149,4 +149,4 @@ def _scores(model: Model, pad_id: int) -> Callable[[Params, jax.Array, jax.Array
         last = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0].astype(jnp.float32)
         return einsum("RD,LD->RL", last, model.head(params))[:, 0]
 
-    return scores
+    return scored

@@ -127,7 +127,11 @@ class Loop:
             state, reference = replace(state, reference=reference), None
         state = replace(state, step=jax.device_put(state.step, replicated(layout.mesh)))
         if job.config.mesh.offload_optimizer:
-            state, step = offloaded(state, step)
+            near = jax.tree.map(lambda x: x.sharding, state.opt_state)
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+            log.info("the optimizer's state in the host's memory: %.1f MB", size / 1e6)
+            state = replace(state, opt_state=jax.device_put(state.opt_state, on_host(near)))
+            step = fetching(step, near)
         self.state = state
         # The step gives everything back where it was: else the second step would be compiled anew.
         places = jax.tree.map(lambda x: x.sharding, self.state)
@@ -337,17 +341,18 @@ def due(strategy: str, every: int | None, step: int, feed: Feed | Rollouts) -> b
     return strategy == "steps" and every is not None and step % every == 0
 
 
-def offloaded(state: TrainState, step: Step) -> tuple[TrainState, Step]:
-    """The state with the optimizer's part in the host's memory, and the step that fetches it for its own time."""
-    places = jax.tree.map(lambda x: x.sharding, state.opt_state)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
-    log.info("the optimizer's state in the host's memory: %.1f MB", held / 1e6)
-    host = jax.tree.map(lambda place: place.with_memory_kind(HOST), places)
+def on_host(places: Any) -> Any:
+    """The same places in the host's memory."""
+    return jax.tree.map(lambda place: place.with_memory_kind(HOST), places)
 
-    def fetching(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        return step(replace(state, opt_state=jax.device_put(state.opt_state, places)), frozen, batch)
 
-    return replace(state, opt_state=jax.device_put(state.opt_state, host)), fetching
+def fetching(step: Step, near: Any) -> Step:
+    """The step whose optimizer's state lies in the host's memory, and is brought `near` for its own time."""
+
+    def fetched(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        return step(replace(state, opt_state=jax.device_put(state.opt_state, near)), frozen, batch)
+
+    return fetched
 
 
 def open_log(job: Job) -> MetricsLog:

@@ -96,11 +96,7 @@ class ModelConfig(Table):
     gradient_checkpointing: bool = setting(False)
     remat: str | tuple[str, ...] = setting("auto")
     use_flash_attention: bool = setting(False)
-    attention: str = setting(
-        "auto",
-        choices=("auto", "xla", "blocked", "cudnn", "splash"),
-        later={"cudnn": "cuDNN attention", "splash": "splash attention"},
-    )
+    attention: str = setting("auto", choices=("auto", "xla", "blocked", "cudnn", "splash"))
     cache_dir: str | None = setting(None)
     device: str = setting("auto", choices=("auto", "cpu", "gpu", "tpu"), synonyms={"cuda": "gpu"})
     trust_remote_code: bool = setting(False)
@@ -308,7 +304,7 @@ class Config(Table):
 
     @property
     def attention(self) -> str:
-        """The attention every stage uses: "blocked" never holds whole scores, "xla" does."""
-        if self.model.attention == "auto":
-            return "blocked" if self.model.use_flash_attention else "xla"
-        return self.model.attention
+        """The attention every stage asks for (`ops.attention.chosen`): "auto" and "flash" are the kernel that the
+        devices have of their own; where they have none, "auto" holds whole scores and "flash" doesn't."""
+        flash = self.model.attention == "auto" and self.model.use_flash_attention
+        return "flash" if flash else self.model.attention

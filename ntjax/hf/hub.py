@@ -21,9 +21,16 @@ WAYS_OUT = (
 )
 
 
-def locate(name_or_path: str, *, cache_dir: str | Path | None = None, folders: Sequence[Path] = ()) -> Path:
+def locate(
+    name_or_path: str,
+    *,
+    cache_dir: str | Path | None = None,
+    folders: Sequence[Path] = (),
+    weights: bool = True,
+) -> Path:
     """The folder (or GGUF file) that `name_or_path` means: a path seen from one of `folders` or from here,
-    else a model of the Hugging Face hub, downloaded into its cache without code and without pickles.
+    else a model of the Hugging Face hub, downloaded into its cache without code and without pickles; without
+    `weights`, its config.json alone.
 
     huggingface_hub's settings hold: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HTTPS_PROXY. A model in
     the cache is found without a network.
@@ -39,19 +46,20 @@ def locate(name_or_path: str, *, cache_dir: str | Path | None = None, folders: S
     places = " or ".join(str(folder.absolute()) for folder in (*folders, Path.cwd()))
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path) or name_or_path.endswith(".gguf"):
         raise InputMissing(f"{name_or_path} isn't there, seen from {places}", fix="correct the path")
-    return _download(name_or_path, cache_dir, f"there is no folder {name_or_path} in {places}")
+    return _download(name_or_path, cache_dir, f"there is no folder {name_or_path} in {places}", weights)
 
 
-def _download(name: str, cache_dir: str | Path | None, nowhere: str) -> Path:
+def _download(name: str, cache_dir: str | Path | None, nowhere: str, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
         info = HfApi().model_info(name, timeout=ANSWER_S)
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=_patterns(info)))
+        patterns = _patterns(info) if weights else ["config.json"]
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
     except UserError:
         raise
     except Exception as error:  # whatever the HTTP library beneath raises, the hub couldn't give the model
-        if cached := _cached(name, cache_dir):
+        if cached := _cached(name, cache_dir, weights):
             return cached
         reason = str(error).strip().partition("\n")[0]
         raise InputMissing(
@@ -59,15 +67,14 @@ def _download(name: str, cache_dir: str | Path | None, nowhere: str) -> Path:
         ) from None
 
 
-def _cached(name: str, cache_dir: str | Path | None) -> Path | None:
-    """The snapshot that an earlier download left, if its weights are there."""
+def _cached(name: str, cache_dir: str | Path | None, weights: bool) -> Path | None:
+    """The snapshot that an earlier download left, if what is wanted of it is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    wanted = ["config.json", "*.safetensors"] if weights else ["config.json"]
     try:
-        folder = snapshot_download(
-            name, cache_dir=cache_dir, local_files_only=True, allow_patterns=["config.json", "*.safetensors"]
-        )
+        folder = snapshot_download(name, cache_dir=cache_dir, local_files_only=True, allow_patterns=wanted)
     except LocalEntryNotFoundError:
         return None
     return Path(folder)

@@ -7,9 +7,12 @@ import pkgutil
 from dataclasses import replace
 from typing import Any
 
+import jax
+
 from ntjax.errors import ConfigError
 from ntjax.layout import Layout
 from ntjax.models.decoder import Cache, Decoder, DecoderConfig, Model
+from ntjax.ops.attention import chosen
 
 __all__ = ["Cache", "Decoder", "DecoderConfig", "Model", "build", "families", "is_scoring", "scoring_config"]
 
@@ -33,7 +36,8 @@ def build(
     """The model that a config.json describes, computing in `dtype`.
 
     `remat` says what blocks keep for the backward pass (`ops.remat`). With `labels`, it has a head of so many
-    scores, as transformers' sequence classifiers, instead of the language model's. `layout` is that of its weights.
+    scores, as transformers' sequence classifiers, instead of the language model's. `layout` is that of its weights;
+    `attention` is what `ops.attention.chosen` knows, on its devices or else on those that JAX takes first.
     """
     from transformers import AutoConfig
 
@@ -48,9 +52,8 @@ def build(
         raise ConfigError(
             f"attention_dropout = {full.attention_dropout} isn't there", fix="set it to 0 in config.json"
         )
-    config = replace(
-        family.config_from_hf(full), dtype=dtype, remat=remat, labels=labels, attention=attention
-    )
+    kernel = chosen(attention, layout.mesh.devices.flat[0].platform if layout else jax.default_backend())
+    config = replace(family.config_from_hf(full), dtype=dtype, remat=remat, labels=labels, attention=kernel)
     return Model.of(family.decoder(config), hf, layout)
 
 

@@ -13,6 +13,7 @@ K key/value heads, h head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -178,7 +179,8 @@ class Model:
             return self.bind(params)(ids, tokens)[0]
 
         def hidden(params: Params, ids: jax.Array, tokens: Tokens) -> jax.Array:
-            return self.bind(params)(ids, tokens, parted=layout.sequence > 1)[0]
+            with _on(layout):
+                return self.bind(params)(ids, tokens, parted=layout.sequence > 1)[0]
 
         params = {path: params[path] for path in self.specs}
         return layout.over_rows(hidden, params, self.specs, ids, tokens)
@@ -196,7 +198,8 @@ class Model:
 
     def prefill(self, params: Params, ids: jax.Array, tokens: Tokens) -> tuple[jax.Array, list]:
         """`hidden`, and the keys and values [B, K, T, h] of each layer."""
-        hidden, kept = self.bind(params)(ids, tokens, keep=True)
+        with _on(self.layout):
+            hidden, kept = self.bind(params)(ids, tokens, keep=True)
         return hidden, [jax.tree.map(lambda x, n=n: x[n], kept) for n in range(self.config.layers)]
 
     def layers(self, params: Params) -> list[Any]:
@@ -238,3 +241,10 @@ class Model:
         layers = tuple(Kept(empty(prompts, prompt_time), empty(rows, columns)) for _ in range(config.layers))
         places = nowhere(prompts, prompt_time), nowhere(rows, columns)
         return Cache(layers, *places, jnp.zeros((), jnp.int32))
+
+
+def _on(layout: Layout | None) -> AbstractContextManager[Any]:
+    """Lets kernels that XLA can't split know what mesh they run on, where no `shard_map` says so."""
+    if layout is None or layout.mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)

@@ -61,7 +61,6 @@ class Attention(nnx.Module):
             prompts, own = context.before
             kept = cache.written(kept, context.at)
             mixed = continued(q, kept, context.tokens, prompts, own, self.window)
-        mixed = named(mixed, "attention")
         out = biased(einsum("BTHh,DHh->BTD", mixed, self.o.get_value()), self.o_bias)
         return named(out, "attention_out"), kept
 

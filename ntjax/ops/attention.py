@@ -1,6 +1,6 @@
 """Attention. One call site for every model; a kernel is one function here.
 
-A kernel raises NotImplementedError for what it can't do, and the plain one is taken. All of them are the same
+A kernel raises NotImplementedError for what it can't do, and the next one (`NEXT`) is taken. All of them are the same
 mathematics.
 
 Axes: B batch, T query time, S key time, K key/value heads, G query heads a key/value head, h head_dim.
@@ -8,15 +8,22 @@ Axes: B batch, T query time, S key time, K key/value heads, G query heads a key/
 
 from __future__ import annotations
 
+import importlib
+import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from ntjax.mesh import SEQUENCE
+from ntjax.errors import ConfigError
+from ntjax.mesh import ROWS, SEQUENCE, TENSOR
+from ntjax.ops.remat import named
 
 BLOCK = 256  # queries whose scores are alive at a time
+Kernel = Callable[..., jax.Array]  # with `plain`'s arguments
 
 
 class Tokens(NamedTuple):
@@ -48,13 +55,16 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(h)) v over the keys that are `visible`.
 
-    q [B, T, K*G, h], k and v [B, S, K, h] -> [B, T, K*G, h]. Scores and softmax are fp32. A query that sees
-    no key takes the mean of all values.
+    q [B, T, K*G, h], k and v [B, S, K, h] -> [B, T, K*G, h], known to policies of `ops.remat` as "attention". Scores
+    and softmax are fp32. A query that sees no key takes the mean of all values.
     """
     try:
-        return KERNELS[kernel](q, k, v, queries, keys, window)
+        with jax.named_scope("attention"):  # by which its part of a program is known
+            y = KERNELS[kernel](q, k, v, queries, keys, window)
     except NotImplementedError:
-        return plain(q, k, v, queries, keys, window)
+        return attention(q, k, v, queries, keys, window, NEXT[kernel])
+    # A platform's own kernel names what it keeps, the result too: under the same name this one would be kept beside it.
+    return y if kernel in OWN.values() else named(y, "attention")
 
 
 def across(keys: Tokens, k: jax.Array, v: jax.Array) -> tuple[Tokens, jax.Array, jax.Array]:
@@ -150,4 +160,52 @@ def blocked(
     return y.swapaxes(0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :time]
 
 
-KERNELS = {"xla": plain, "blocked": blocked}
+def partitions(mesh: AbstractMesh, batch: int, kv_heads: int) -> tuple[PartitionSpec, PartitionSpec]:
+    """How [batch, time] and [batch, time, heads, head_dim] are split over the axes of a mesh that are left to XLA, which
+    a kernel of its own takes over: XLA can't split one.
+
+    Raises NotImplementedError where they can't be split evenly.
+    """
+    rows = tuple(axis for axis in (*ROWS, SEQUENCE) if axis in mesh.auto_axes)
+    heads = TENSOR if TENSOR in mesh.auto_axes else None
+    if batch % math.prod(mesh.shape[axis] for axis in rows) or (heads and kv_heads % mesh.shape[heads]):
+        raise NotImplementedError("rows or heads can't be shared evenly")
+    return PartitionSpec(rows), PartitionSpec(rows, None, heads)
+
+
+def _imported(name: str) -> Kernel:
+    """The kernel of its own file, whose libraries are imported where it is used."""
+
+    def kernel(*arguments: Any) -> jax.Array:
+        return getattr(importlib.import_module(f"ntjax.ops.{name}"), name)(*arguments)
+
+    return kernel
+
+
+KERNELS: dict[str, Kernel] = {
+    "xla": plain,
+    "blocked": blocked,
+    "splash": _imported("splash"),
+    "cudnn": _imported("cudnn"),
+}
+NEXT = {"splash": "blocked", "cudnn": "blocked", "blocked": "xla"}
+OWN = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # the kernel that only this platform has
+ELSE = {"auto": "xla", "flash": "blocked"}  # asks for the platform's own kernel, for this where it has none
+
+
+def chosen(attention: str, platform: str, where: str | None = None) -> str:
+    """The kernel that `attention` means on a platform: "auto" is the platform's own, else "xla"; "flash" is the
+    platform's own, else "blocked".
+
+    Raises ConfigError at `where` for another platform's.
+    """
+    own = OWN.get(platform)
+    if attention in ELSE:
+        return own or ELSE[attention]
+    if attention in OWN.values() and attention != own:
+        raise ConfigError(
+            f'attention = "{attention}": the devices are {platform}, which have no such kernel',
+            where=where,
+            fix='leave it out: "auto" takes what the devices have',
+        )
+    return attention

@@ -268,4 +268,12 @@ def test_the_familiar_example_is_the_same_in_every_language(suffix: str) -> None
     config = load_config(EXAMPLES / f"llm_training_example.{suffix}")
     assert config == load_config(EXAMPLES / "llm_training_example.toml")
     assert [stage.stage_type for stage in config.stages] == ["sft", "dpo"]
-    assert config.attention == "blocked"
+    assert config.attention == "flash"
+
+
+def test_a_kernel_that_the_devices_lack_is_refused_at_its_line(load_tables: Load) -> None:
+    from ntjax.prepare import _layout
+
+    config = load_tables(model={"model_name_or_path": "m", "attention": "splash"})
+    with pytest.raises(ConfigError, match=r'run.json:4: attention = "splash": the devices are cpu'):
+        _layout(config)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ntjax.errors import ConfigError
 from ntjax.ops import attention as module
-from ntjax.ops.attention import Tokens, attention, blocked, visible
+from ntjax.ops.attention import Tokens, attention, blocked, chosen, visible
 
 PACKED = Tokens(jnp.asarray([[0, 1, 2, 0, 1, 0]]), jnp.asarray([[1, 1, 1, 2, 2, 0]]))
 
@@ -178,3 +179,23 @@ def test_blocks_need_no_memory_for_whole_scores() -> None:
 
 def test_memory_of_blocks_grows_with_time_alone() -> None:
     assert scratch(4096, "blocked") < 2.1 * scratch(2048, "blocked")
+
+
+@pytest.mark.parametrize(
+    ("platform", "auto", "flash"),
+    [
+        ("cpu", "xla", "blocked"),
+        ("tpu", "splash", "splash"),
+        ("gpu", "cudnn", "cudnn"),
+        ("cuda", "cudnn", "cudnn"),
+    ],
+)
+def test_a_platform_has_a_kernel_of_its_own(platform: str, auto: str, flash: str) -> None:
+    assert (chosen("auto", platform), chosen("flash", platform)) == (auto, flash)
+    assert [chosen(name, platform) for name in ("xla", "blocked", auto)] == ["xla", "blocked", auto]
+
+
+@pytest.mark.parametrize(("name", "platform"), [("splash", "cpu"), ("splash", "gpu"), ("cudnn", "tpu")])
+def test_another_platforms_kernel_is_refused(name: str, platform: str) -> None:
+    with pytest.raises(ConfigError, match=f'run.toml:3: attention = "{name}": the devices are {platform}'):
+        chosen(name, platform, "run.toml:3")

@@ -1,0 +1,163 @@
+"""A stage's weights, batches and optimizer as shapes with places: what training holds, with no array made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ntjax import lora
+from ntjax.config import Config
+from ntjax.layout import Layout
+from ntjax.mesh import ROWS
+from ntjax.models import Model
+from ntjax.params import Params, Spec, Specs, decays, weight
+from ntjax.policy import VALUE, quantiser
+from ntjax.quantised import BLOCK, NESTED, EightBit, FourBit, Kind
+from ntjax.stages.base import StageConfig
+from ntjax.stages.rollout import RolloutConfig
+from ntjax.step import Join, union
+
+Shape = jax.ShapeDtypeStruct
+PAIRS = 8  # that a packed row holds; how many decides a few numbers a row
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Those a stage trains, those it reads, and how they make the model's (`ntjax.policy.Policy`)."""
+
+    trainable: Params
+    frozen: Params
+    specs: Specs
+    join: Join
+    reference: Params  # what the policy is held against; with LoRA the frozen weights as they are
+
+    def model(self) -> Params:
+        """The model's own, in which there may be adapters."""
+        return jax.eval_shape(lambda frozen, trainable: self.join(frozen, trainable, None), *self._parts())
+
+    def _parts(self) -> tuple[Params, Params]:
+        return self.frozen, self.trainable
+
+
+def weights(config: Config, stage: StageConfig, model: Model, layout: Layout) -> Weights:
+    """The stage's weights before its first step."""
+    settings, specs = config.model, model.specs
+    sizes = {"embed": model.config.embed, "values": 1}
+    value = weight(sizes, "embed -> values", "v_head.weight", init="zeros").get_metadata()["spec"]
+    heads: Specs = {VALUE: value} if stage.values else {}
+    if not settings.use_lora:
+        params = {path: Shape(spec.shape, settings.param_dtype) for path, spec in (specs | heads).items()}
+        reference = placed(matrices_in(specs, config.compute_dtype(stage)), specs, layout)
+        return Weights(placed(params, specs | heads, layout), {}, specs | heads, union, reference)
+    plan = lora.plan(
+        settings.lora_config, specs, where=lambda name: config.where(f"model.lora_config.{name}")
+    )
+    quantised = quantiser(settings, specs) is not None
+    frozen = {path: _frozen(config, spec, quantised) for path, spec in specs.items()}
+    frozen = {p: w for p, w in frozen.items() if not (p in plan.whole and plan.whole[p].all())}
+    plain = {path: Shape(spec.shape, settings.dtype) for path, spec in specs.items()}
+    start = replace(plan, start=True) if plan.changes_base else plan  # PiSSA's shapes are LoRA's
+    dtype = jnp.dtype(settings.param_dtype)
+    trained = jax.eval_shape(lambda base: start.initial(base, specs, jax.random.key(0), dtype)[1], plain)
+    trained |= {path: Shape(spec.shape, settings.param_dtype) for path, spec in heads.items()}
+    own = plan.specs(specs) | heads
+
+    def join(frozen: Params, trainable: Params, key: Any = None) -> Params:
+        return plan.join(frozen, trainable, key) | {path: trainable[path] for path in heads}
+
+    held, adapters = placed(frozen, specs, layout), placed(trained, own, layout)
+    copied = {path: adapters[path] for path in plan.whole}
+    return Weights(adapters, held, own, join, held | copied)
+
+
+def _frozen(config: Config, spec: Spec, quantised: bool) -> Any:
+    """A frozen weight as it is held: the linear maps inside layers are what is quantised."""
+    settings = config.model
+    if not (quantised and spec.inputs and spec.stacked):
+        return Shape(spec.shape, settings.dtype)
+    stack, matrix = spec.shape[: len(spec.stacked)], spec.shape[len(spec.stacked) :]
+    if settings.load_in_8bit:
+        lead = spec.shape[: len(spec.stacked) + len(spec.outputs)]
+        return EightBit(Shape(spec.shape, jnp.int8), Shape(lead, jnp.float32), len(spec.inputs))
+    double = settings.bnb_config.use_double_quant
+    kind: Kind = "nf4" if settings.bnb_config.quant_type == "nf4" else "fp4"
+    blocks = -(-int(np.prod(matrix)) // BLOCK)
+    return FourBit(
+        codes=Shape((*stack, blocks, BLOCK // 2), jnp.uint8),
+        absmax=Shape((*stack, blocks), jnp.uint8 if double else jnp.float32),
+        nested=Shape((*stack, -(-blocks // NESTED)), jnp.float32) if double else None,
+        offset=Shape(stack, jnp.float32) if double else None,
+        matrix=matrix,
+        kind=kind,
+    )
+
+
+def batch(stage: StageConfig, layout: Layout) -> dict[str, Any]:
+    """A step's rows [microbatches, rows, ...], as long as the stage lets them be, before any reference scores them."""
+    rows, micros = stage.per_device_train_batch_size * layout.rows, stage.gradient_accumulation_steps
+    time, ints = stage.row_length, jnp.int32
+    fields: dict[str, tuple[tuple[int, ...], Any]]
+    if isinstance(stage, RolloutConfig):
+        fields = _window(stage, layout)
+    else:
+        pairs = (2,) if stage.stage_type in ("dpo", "reward") else ()
+        shape = (micros, rows, *pairs, time)
+        fields = {name: (shape, ints) for name in ("tokens", "segments", "positions")}
+        fields["mask"] = shape, jnp.bool_
+        if pairs:
+            fields["pairs"] = (micros, rows, PAIRS if stage.packs else 1), jnp.bool_
+    return rows_placed({name: Shape(*field) for name, field in fields.items()}, layout)
+
+
+def _window(stage: RolloutConfig, layout: Layout) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Completions and what is known of them, as `ntjax.rollout` feeds them to a step."""
+    shape, floats = stage.geometry(layout.rows), jnp.float32
+    lead = (shape.accumulation, shape.rows)
+    long, short = (*lead, stage.row_length), (*lead, stage.completion_length)
+    fields: dict[str, tuple[tuple[int, ...], Any]]
+    fields = {name: (long, jnp.int32) for name in ("tokens", "segments", "positions")}
+    fields |= {"start": (lead, jnp.int32), "mask": (short, jnp.bool_)}
+    if stage.values:
+        fields |= {name: (short, floats) for name in ("old_logps", "old_values", "returns", "advantages")}
+        return fields
+    fields["advantages"] = lead, floats
+    fields["sampler_logps" if shape.steps == 1 else "old_logps"] = short, floats
+    if shape.parts > 1:
+        fields["items"] = lead, floats
+    return fields
+
+
+def rows_placed(arrays: Any, layout: Layout) -> Any:
+    """Arrays [microbatches, rows, ...], rows split over the devices."""
+    place = NamedSharding(layout.mesh, PartitionSpec(None, ROWS))
+    return jax.tree.map(lambda x: at(x, place), arrays)
+
+
+def matrices_in(specs: Specs, dtype: str) -> Params:
+    """Weights whose matrices are held in `dtype`, as `ntjax.policy.reference` holds them."""
+    return {path: Shape(spec.shape, dtype if decays(spec) else "float32") for path, spec in specs.items()}
+
+
+def placed(params: Params, specs: Specs, layout: Layout, parted: bool | None = None) -> Params:
+    """Weights where they lie between steps."""
+    places = layout.shardings(params, specs, parted=parted)
+    return {path: jax.tree.map(at, w, places[path]) for path, w in params.items()}
+
+
+def at(x: Any, place: Any) -> Shape:
+    """The shape in its place."""
+    return Shape(x.shape, x.dtype, sharding=place)
+
+
+def held(tree: Any) -> int:
+    """Bytes that a device has of the arrays of a tree."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
