@@ -10,6 +10,7 @@ from ntjax import __version__, errors
 
 COMMANDS = {
     "train": "runs the stages of a config",
+    "plan": "says beforehand whether every stage fits, and how fast it will be",
     "launch": "runs a command in several processes of this machine, as one run",
     "inspect": "shows the tokens of a stage as the loss sees them",
     "generate": "samples from a model",

@@ -1,7 +1,8 @@
 """How weights lie on a mesh, and how a model runs on its parts.
 
 One table of rules names the mesh axis of each axis of a weight; the ZeRO stage (arXiv:1910.02054) says what the
-devices along `fsdp` share out: 1 the optimizer's state, 2 gradients too, 3 weights too.
+devices along `fsdp` share out: 1 the optimizer's state, 2 gradients too, 3 weights too. With `offload` matrices, but
+for adapters', lie in the host's memory between uses.
 
 The model itself runs under `shard_map`: each device has its own rows and tokens, and fetches the other parts of a
 weight where the weight meets an activation (`weights.Parted`), so that the collectives are those that are written
@@ -23,10 +24,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntjax.errors import ConfigError
-from ntjax.mesh import AXES, FSDP, ROWS, SEQUENCE, TENSOR, row_groups
+from ntjax.mesh import AXES, FSDP, HOST, ROWS, SEQUENCE, TENSOR, row_groups
 from ntjax.params import Params, Spec, Specs
 from ntjax.quantised import EightBit, FourBit
-from ntjax.weights import Adapted, Parted
+from ntjax.weights import Adapted, Parted, whole
 
 # Axis of a weight -> axis of the mesh.
 RULES: Mapping[str, str] = {
@@ -41,17 +42,21 @@ MANUAL = (*ROWS, SEQUENCE)  # the axes that the model is written for
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh, the rules by which weights lie on it, and the ZeRO stage. Hashable: a model carries it."""
+    """A mesh, the rules by which weights lie on it, the ZeRO stage, and whether weights lie in the host's memory.
+    Hashable: a model carries it."""
 
     mesh: Mesh
     zero: int = 0
     rules: tuple[tuple[str, str], ...] = tuple(RULES.items())
+    offload: bool = False
 
     def __str__(self) -> str:
         """For people: "8 devices", "8 devices: fsdp 4, tensor 2, ZeRO 3"."""
         along = [f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1]
         if self.zero and self.mesh.shape[FSDP] > 1:
             along.append(f"ZeRO {self.zero}")
+        if self.offload:
+            along.append("weights in the host's memory")
         count = f"{self.mesh.size} device{'s' if self.mesh.size > 1 else ''}"
         return f"{count}: {', '.join(along)}" if along else count
 
@@ -66,9 +71,29 @@ class Layout:
         return self.mesh.shape[SEQUENCE]
 
     @cached_property
+    def ring(self) -> int:
+        """How many devices along `fsdp` gather first (`weights.Parted`): the neighbours along a dimension of a TPU's
+        slice of three, where all at once would be compiled to sums over all devices, which send twice as much."""
+        devices, count = self.mesh.devices.flat, self.mesh.shape[FSDP]
+        if devices[0].platform != "tpu" or count < self.mesh.size:
+            return 1
+        extents = [len(set(along)) for along in zip(*(device.coords for device in devices), strict=True)]
+        if min(extents) == 1:
+            return 1
+        ring = next(
+            n for n, a, b in zip(extents, devices[0].coords, devices[1].coords, strict=True) if a != b
+        )
+        return ring if count % ring == 0 else 1
+
+    @cached_property
     def parallel(self) -> bool:
         """Whether rows or tokens are split at all."""
         return self.rows * self.sequence > 1
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the sampler's weights are a copy of those that are held between steps."""
+        return self.offload or (self.zero >= 3 and self.mesh.shape[FSDP] > 1)
 
     def check(self, specs: Specs, where: Callable[[str], str | None]) -> None:
         """Raises ConfigError at `where(mesh axis)` unless every axis that is split divides evenly."""
@@ -144,11 +169,15 @@ class Layout:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), tree, is_leaf=_is_partition)
 
     def shardings(self, params: Params, specs: Specs, *, parted: bool | None = None) -> dict[str, Any]:
-        """The shardings of weights as they are held between steps: parted from ZeRO 3 on."""
-        parted = self.zero >= 3 if parted is None else parted
-        return {
+        """The shardings of weights as they are held between steps, parted from ZeRO 3 on and in the host's memory if
+        they are offloaded; if it is said whether they are `parted`, on the devices."""
+        kept, parted = parted is None, self.zero >= 3 if parted is None else parted
+        places = {
             path: self.placed(self.partitions(specs[path], w, parted=parted)) for path, w in params.items()
         }
+        if not (kept and self.offload):
+            return places
+        return {path: _moved(place, _far(specs[path], params[path])) for path, place in places.items()}
 
     def put(self, params: Params, specs: Specs) -> Params:
         """The weights, as they are held between steps."""
@@ -183,15 +212,16 @@ class Layout:
         }
 
     def gathered(self, params: Params, specs: Specs, dtype: str) -> Params:
-        """The weights with no part of them along `fsdp` missing, as the sampler wants them: matrices in `dtype`."""
-        if self.zero < 3 or self.mesh.shape[FSDP] == 1:
+        """The weights on the devices with no part of them along `fsdp` missing, as the sampler wants them: matrices in
+        `dtype`."""
+        if not self.gathers:
             return params
 
         def gather(params: Params) -> Params:
             def cast(w: Any) -> Any:
                 return w.astype(dtype) if isinstance(w, jax.Array) and w.ndim > 2 else w
 
-            return {path: cast(w) for path, w in params.items()}
+            return {path: cast(whole(w)) for path, w in params.items()}
 
         return jax.jit(gather, out_shardings=self.shardings(params, specs, parted=False))(params)
 
@@ -235,9 +265,9 @@ class Layout:
                 return leaf
             axis = at[0] - leaf.ndim
             if self.zero >= 3:
-                return Parted(leaf, axis)
+                return Parted(leaf, axis, ring=self.ring)
             part = jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, partition))
-            return Parted(part, axis, jax.lax.stop_gradient(leaf))
+            return Parted(part, axis, jax.lax.stop_gradient(leaf), self.ring)
 
         return jax.tree.map(mark, self.partitions(spec, w, parted=True), w, is_leaf=_is_partition)
 
@@ -273,6 +303,28 @@ def _with_own_keys(params: Params, axes: tuple[str, ...]) -> Params:
         return fold(leaf, number)
 
     return jax.tree.map(own, params)
+
+
+def _far(spec: Spec, w: Any) -> Any:
+    """Which arrays of a weight lie in the host's memory if it is offloaded: a tree like `w` of bools.
+
+    Adapters, vectors and what is small beside a quantised weight stay: they are little, and would be waited for.
+    """
+    if isinstance(w, Adapted):
+        near = jax.tree.map(lambda _: False, w.replace(base=None))  # type: ignore[attr-defined]
+        return near.replace(base=_far(spec, w.base))
+    far = _is_matrix(spec.torch_shape) and "rank" not in spec.names
+    if isinstance(w, EightBit):
+        return w.replace(codes=far, scale=False)  # type: ignore[attr-defined]
+    if isinstance(w, FourBit):
+        near = jax.tree.map(lambda _: False, w)
+        return near.replace(codes=far, absmax=far)
+    return far
+
+
+def _moved(places: Any, far: Any) -> Any:
+    """The shardings, those that are `far` in the host's memory."""
+    return jax.tree.map(lambda place, far: place.with_memory_kind(HOST) if far else place, places, far)
 
 
 def _is_matrix(torch_shape: tuple[int, ...]) -> bool:

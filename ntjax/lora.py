@@ -23,7 +23,7 @@ import numpy as np
 from ntjax.errors import ConfigError
 from ntjax.params import Params, Spec, Specs, weight
 from ntjax.targets import Where, modules, rules
-from ntjax.weights import Adapted, dense
+from ntjax.weights import Adapted, dense, whole
 
 if TYPE_CHECKING:
     from ntjax.config import LoraConfig
@@ -81,7 +81,9 @@ class Plan:
             drawing = jax.random.fold_in(key, number)
             if self.changes_base:
                 _check_pissa(path, base[path], spec, int(ranks.max()))
-                base[path], a, b = _principal(base[path], spec, ranks, scales, str(self.start), drawing)
+                w = whole(base[path])
+                left, a, b = _principal(w, spec, ranks, scales, str(self.start), drawing)
+                base[path] = jax.device_put(left, base[path].sharding)
             else:
                 a, b = _drawn(spec, ranks, self.start, drawing)
             trained[f"{path}.lora_A"], trained[f"{path}.lora_B"] = a.astype(dtype), b.astype(dtype)
@@ -98,7 +100,7 @@ class Plan:
             params[path] = trainable[path]
             if not layers.all():
                 kept = dense(frozen[path], trainable[path].dtype)
-                params[path] = jnp.where(_aligned(layers, kept.ndim), trainable[path], kept)
+                params[path] = jnp.where(_aligned(layers, kept.ndim), whole(trainable[path]), kept)
         for number, path in enumerate(sorted(self.ranks)):
             keys = None
             if key is not None and self.rate:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ntjax.errors import ConfigError
 
@@ -100,6 +100,16 @@ def row_groups(mesh: Mesh) -> int:
 def has_host_memory(mesh: Mesh) -> bool:
     """Whether the devices can compute on what lies in the host's memory (`HOST`)."""
     return any(memory.kind == HOST for memory in mesh.local_devices[0].addressable_memories())
+
+
+def on_host(places: Any) -> Any:
+    """The same shardings in the host's memory."""
+    return jax.tree.map(lambda place: place.with_memory_kind(HOST), places)
+
+
+def on_device(place: Sharding) -> Sharding:
+    """The same sharding in the devices' memory."""
+    return place.with_memory_kind("device") if place.memory_kind == HOST else place
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

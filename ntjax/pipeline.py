@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ntjax import hosts, watchdog
 from ntjax.config import Config, refuse_unbuilt, to_toml
@@ -18,6 +18,9 @@ from ntjax.metrics import require_wandb
 from ntjax.runs import Resume, find_resume, is_done, new_run, refuse_used, unmark
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
+
+if TYPE_CHECKING:
+    from ntjax.prepare import Setup
 
 ADAPTER_CONFIG, ADAPTER_FOLDER = "adapter_config.json", "adapter"
 log = logging.getLogger("ntjax")
@@ -33,7 +36,7 @@ def run(
     refuse_unbuilt(config)
     if config.use_wandb:
         require_wandb(config.where("use_wandb"))
-    chosen = _chosen(config, stages)
+    chosen = chosen_stages(config, stages)
     resolved = to_toml(config)
     hosts.same("program", hosts.program())
     hosts.same("config", resolved)
@@ -101,10 +104,25 @@ def _run_stages(
                 interrupted=stop.requested.name == "SIGINT",
                 fix=f"go on with --resume {run_folder}",
             )
+        if warning := shortage(setup):
+            log.warning("warning: %s", warning)
         train(setup, stop)
 
 
-def _chosen(config: Config, names: Sequence[str]) -> list[StageConfig]:
+def shortage(setup: Setup) -> str | None:
+    """What `ntjax.plan` would say of a stage that is too large for the devices there are, on paper."""
+    from ntjax.estimate.target import target
+
+    devices, job = target(None), setup.job
+    if devices.memory is None:
+        return None
+    from ntjax.estimate import paper
+    from ntjax.estimate.programs import Programs
+
+    return paper.shortage(Programs(job.config, job.stage, setup.model.hf, setup.layout), devices)
+
+
+def chosen_stages(config: Config, names: Sequence[str]) -> list[StageConfig]:
     """The stages called `names` (by name or type), all of them by default, in the config's order."""
     known = [
         stage for stage in config.stages if not names or {stage.stage_name, stage.stage_type} & _forms(names)

@@ -28,7 +28,7 @@ from ntjax.params import Params, Specs, decays, initial, weight
 from ntjax.quantised import EightBit, FourBit, Kind, quantise_4bit, quantise_8bit
 from ntjax.step import Join, union
 from ntjax.targets import Where
-from ntjax.weights import dense
+from ntjax.weights import dense, whole
 
 VALUE, VALUE_FILE = "value", "value_head.safetensors"
 LANGUAGE_HEAD = r"^lm_head\.weight$"
@@ -113,7 +113,8 @@ def load_policy(
         params = load(source, model, settings.param_dtype, key, sharding)
         if adapter:
             joined = adapter[0].join(params, adapter[1])
-            params = {path: dense(w, params[path].dtype) for path, w in joined.items()}
+            for path, w in joined.items():
+                params[path] = jax.device_put(dense(w, params[path].dtype), params[path].sharding)
         return Policy(params, {}, model.specs)
     held = load(source, model, settings.dtype, key, sharding, quantiser(settings, model.specs))
     trained = jnp.dtype(settings.param_dtype)
@@ -154,11 +155,12 @@ def reference(policy: Policy, *, continued: bool, compute: str) -> Params:
     they are cast to where they are used.
     """
     if policy.plan is None:
-        return {
-            path: jnp.array(w, compute if decays(policy.specs[path]) else w.dtype, copy=True)
-            for path, w in policy.trainable.items()
-            if path != VALUE
-        }
+
+        def copied(path: str, w: jax.Array) -> jax.Array:
+            dtype = compute if decays(policy.specs[path]) else w.dtype
+            return jax.device_put(jnp.array(whole(w), dtype, copy=True), w.sharding)
+
+        return {path: copied(path, w) for path, w in policy.trainable.items() if path != VALUE}
     now = jax.tree.map(jnp.copy, policy.trainable)
     now.pop(VALUE, None)
     if continued or not policy.plan.starts_at_nothing:

@@ -6,7 +6,7 @@ Whatever can go wrong cheaply goes wrong here, before weights are read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -99,7 +99,7 @@ def prepare(job: Job) -> Setup:
     """Reads everything but the weights; every error that data or settings can cause is raised here."""
     stage = job.stage
     hf = read_config(job.source)
-    layout = _layout(job.config)
+    layout = layout_of(job.config)
     model = _model(hf, job, layout)
     plan, adapter = _adapters(job, model)
     specs = model.specs | (plan.specs(model.specs) if plan else {})
@@ -121,19 +121,23 @@ def prepare(job: Job) -> Setup:
     return setup
 
 
-def _layout(config: Config) -> Layout:
-    """How weights and rows lie on the devices there are."""
+def layout_of(config: Config, devices: Sequence[Any] | None = None) -> Layout:
+    """How weights and rows lie on `devices`, by default on those there are."""
     asked = config.mesh
     slices = {"data": asked.dcn_data, "fsdp": asked.dcn_fsdp}
-    mesh = make_mesh(asked.sizes, slices=slices, where=config.where("mesh"))
-    if asked.offload_optimizer and not has_host_memory(mesh):
-        raise ConfigError(
-            f"offload_optimizer = true, but {mesh.devices.flat[0].platform} devices can't reach the host's memory",
-            where=config.where("mesh.offload_optimizer"),
-            fix="leave it out; zero_stage = 1 and more devices share the optimizer's state out",
-        )
+    mesh = make_mesh(asked.sizes, devices, slices=slices, where=config.where("mesh"))
+    for setting, what, stage in (
+        ("offload_optimizer", "the optimizer's state", 1),
+        ("offload_param", "weights", 3),
+    ):
+        if getattr(asked, setting) and not has_host_memory(mesh):
+            raise ConfigError(
+                f"{setting} = true, but {mesh.devices.flat[0].platform} devices can't reach the host's memory",
+                where=config.where(f"mesh.{setting}"),
+                fix=f"leave it out; zero_stage = {stage} and more devices share {what} out",
+            )
     chosen(config.attention, mesh.devices.flat[0].platform, config.where("model.attention"))
-    return Layout(mesh, asked.zero, tuple({**RULES, **asked.rules}.items()))
+    return Layout(mesh, asked.zero, tuple({**RULES, **asked.rules}.items()), asked.offload_param)
 
 
 def _model(hf: dict[str, Any], job: Job, layout: Layout) -> Model:

@@ -21,6 +21,7 @@ from flax import struct
 from ntjax.metrics import Mean, Metrics
 from ntjax.optim import Schedule
 from ntjax.params import Params
+from ntjax.weights import steads, trained, whole
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[Params, Batch], Metrics]
@@ -47,15 +48,19 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step; `of_state` gives the optimizer's shardings."""
     places = of_state(jax.eval_shape(optimizer.init, params)) if of_state else None
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init, out_shardings=places)(params))
+    opt_state = jax.jit(lambda params: optimizer.init(whole(params)), out_shardings=places)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
 @partial(jax.jit, donate_argnums=0)
 def mix(reference: Params, params: Params, share: float) -> Params:
     """share * params + (1 - share) * reference."""
-    return jax.tree.map(
-        lambda old, new: (share * new + (1 - share) * old).astype(old.dtype), reference, params
-    )
+
+    def mixed(old: jax.Array, new: jax.Array) -> jax.Array:
+        sum_ = (share * whole(new) + (1 - share) * whole(old)).astype(old.dtype)
+        return jax.device_put(sum_, jax.typeof(old).memory_space)
+
+    return jax.tree.map(mixed, reference, params)
 
 
 def union(frozen: Params, trainable: Params, key: jax.Array | None = None) -> Params:
@@ -96,12 +101,12 @@ def train_step(
             # torch.nn.utils.clip_grad_norm_ has the same 1e-6.
             scale *= jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        rate = schedule(state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        rate, before = schedule(state.step), whole(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, before)
         updates = shared(updates)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
+        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), before, updates)
         kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (before, state.opt_state)
         )
         one = jnp.ones(())
         metrics = metrics | {
@@ -140,7 +145,10 @@ def _summed_gradients(
     """Gradient of the loss's total, and the metrics, each summed over the microbatches."""
 
     def gradient(params: Params, micro: Batch, index: jax.Array) -> tuple[Params, Metrics]:
-        grads, metrics = jax.grad(total, has_aux=True)(params, micro, index)
+        def of(near: Params) -> tuple[jax.Array, Metrics]:
+            return total(trained(near, params), micro, index)
+
+        grads, metrics = jax.grad(of, has_aux=True)(steads(params))
         return shared(grads), metrics
 
     first = jax.tree.map(lambda x: x[0], batch)

@@ -22,7 +22,7 @@ from ntjax.checkpoint import Checkpoints
 from ntjax.errors import ConfigError, Diverged, Preempted
 from ntjax.feed import Fed, Feed, Planned, Questions, Streamed
 from ntjax.layout import Layout, placing
-from ntjax.mesh import HOST, place_batch, replicated
+from ntjax.mesh import on_host, place_batch, replicated
 from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics, rewind
 from ntjax.models import Model
 from ntjax.optim import direction, schedule
@@ -339,11 +339,6 @@ def due(strategy: str, every: int | None, step: int, feed: Feed | Rollouts) -> b
     if strategy == "epoch":
         return step % feed.steps_per_epoch == 0 or step == feed.steps
     return strategy == "steps" and every is not None and step % every == 0
-
-
-def on_host(places: Any) -> Any:
-    """The same places in the host's memory."""
-    return jax.tree.map(lambda place: place.with_memory_kind(HOST), places)
 
 
 def fetching(step: Step, near: Any) -> Step:

@@ -102,7 +102,9 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
         path = folder / f"{len(done)}.json"
         path.write_text(json.dumps(config))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ntjax.prepare.make_mesh", lambda sizes, **rest: make(sizes, devices, **rest))
+            patch.setattr(
+                "ntjax.prepare.make_mesh", lambda sizes, _=None, **rest: make(sizes, devices, **rest)
+            )
             ran = run(load_config(path))
         lines = (ran / f"{STAGES[kind]['stage_type']}_stage" / "metrics.jsonl").read_text().splitlines()
         done[name] = [json.loads(line) for line in lines]

@@ -23,14 +23,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ntjax import sampler
+from ntjax import sampler, slots
 from ntjax.data.prompts import Prompt
 from ntjax.draw import Sampling, cut, draw, inverse, penalised
+from ntjax.estimate.hlo import Program
 from ntjax.layout import RULES, Layout
 from ntjax.mesh import make_mesh
 from ntjax.models import Model
 from ntjax.params import Params
-from ntjax.sampler import Completion, Sampler
+from ntjax.sampler import Completion, Sampler, Taken
+from ntjax.slots import Prompts, Shape
 from tests.torch_reference import TINY, logits, pair, tokens
 from tests.trl_reference import smollm2_folder
 
@@ -49,6 +51,7 @@ def complete(
     prompts: Sequence[Sequence[int]], sampling: Sampling, slots: int = 64, **options: Any
 ) -> list[Completion]:
     _, model, params = tiny()
+    model = replace(model, looped=options.pop("looped", None))
     layout = options.pop("layout", None)
     if layout is not None:
         model = replace(model, layout=layout)
@@ -62,11 +65,18 @@ def greedy() -> list[Completion]:
     return complete(PROMPTS, GREEDY)
 
 
-def same(ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
+def over(**sizes: int) -> Layout:
+    rules = {**RULES, "vocab": "none"}  # 61 words can't be shared by two
+    layout = Layout(make_mesh(sizes), zero=3, rules=tuple(rules.items()))
+    assert layout.mesh.size == 8
+    return layout
+
+
+def same(ours: Sequence[Completion], theirs: Sequence[Completion], atol: float = 2e-5) -> None:
     assert [c.tokens for c in ours] == [c.tokens for c in theirs]
     assert [c.finished for c in ours] == [c.finished for c in theirs]
     for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=atol)
 
 
 def test_greedy_is_transformers_greedy() -> None:
@@ -133,13 +143,85 @@ def test_slots_that_are_refilled_change_nothing(group: int) -> None:
     same(complete(prompts, stops, slots=3 * group, seed=1, group=group), whole)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 2, "tensor": 2, "sequence": 2}], ids=str)
+MESHES = [{"data": 8}, {"fsdp": 2, "tensor": 2, "sequence": 2}]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_on_eight_devices_it_draws_the_same(sizes: dict[str, int]) -> None:
-    rules = {**RULES, "vocab": "none"}  # 61 words can't be shared by two
-    layout = Layout(make_mesh(sizes), zero=3, rules=tuple(rules.items()))
-    assert layout.mesh.size == 8
-    eight = complete(PROMPTS * 4, FREE, layout=layout, seed=2, group=2)
+    eight = complete(PROMPTS * 4, FREE, layout=over(**sizes), seed=2, group=2)
     same(eight, complete(PROMPTS * 4, FREE, seed=2, group=2))
+
+
+def test_a_loop_over_the_layers_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    unrolled = complete(PROMPTS * 4, FREE, seed=2, group=2, looped=False)
+    same(complete(PROMPTS * 4, FREE, seed=2, group=2, looped=True), unrolled, atol=1e-5)
+    for sizes in MESHES:
+        eight = complete(PROMPTS * 4, FREE, layout=over(**sizes), seed=2, group=2, looped=True)
+        same(eight, unrolled, atol=1e-5)
+    monkeypatch.setitem(slots.ORDERS, "cpu", slots.ORDERS["tpu"])
+    slots.programs.cache_clear()
+    eight = complete(PROMPTS * 4, FREE, layout=over(**MESHES[1]), seed=2, group=2, looped=True)
+    slots.programs.cache_clear()
+    same(eight, unrolled, atol=1e-5)
+
+
+def test_slots_that_are_free_on_some_of_eight_devices_are_refilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs: list[np.ndarray] = []  # of each device, at each filling
+
+    def seen(taken: Sequence[Taken], shape: Shape) -> Any:
+        needs.append(np.bincount([one.slot // shape.slots for one in taken], minlength=shape.devices))
+        return batches(taken, shape)
+
+    batches = sampler._batches
+    monkeypatch.setattr(sampler, "_batches", seen)
+    prompts = [[n % 50 + 3, n % 7 + 3] for n in range(60)]
+    stops = Sampling(max_new_tokens=70, temperature=0.9, stop_ids=tuple(range(8)))
+    eight = complete(prompts, stops, slots=16, layout=over(data=8), seed=1)
+    assert needs[0].tolist() == [2] * 8
+    assert any(need.min() == 0 and need.max() == 2 for need in needs)
+    assert sum(need.sum() for need in needs) == 60
+    same(eight, complete(prompts, stops, seed=1))
+
+
+@pytest.mark.parametrize("looped", [False, True])
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 4, "sequence": 2}], ids=str)
+def test_prompts_are_sent_to_no_other_device(sizes: dict[str, int], looped: bool) -> None:
+    layout = over(**sizes)
+    _, model, params = tiny()
+    model = replace(model, layout=layout, looped=looped)
+    params = layout.gathered(layout.put(params, model.specs), model.specs, "float32")
+    shape = Shape.of(64, 2, 32, 60, 20, devices=8)
+    assert shape == Shape(devices=8, slots=4, group=2, time=64, columns=32)
+    compiled = slots.programs(model, FREE, shape)
+    each = np.zeros(16, np.int32)
+    read = Prompts(np.zeros((16, shape.time), np.int32), each, each, each)
+    text = compiled.fill.lower(params, compiled.empty(), read, 0).compile().as_text()  # type: ignore[attr-defined]
+    assert max((one.bytes for one in Program(text).collectives), default=0) <= 1024
+
+
+def test_free_slots_are_dealt_to_the_devices_in_turn() -> None:
+    shape = Shape(devices=4, slots=4, group=1, time=32, columns=32)
+    free = [0, 1, 2, 3, 5, 7, 12]
+    assert sampler._spread(free, shape) == [0, 5, 12, 1, 7, 2, 3]
+    taken = [Taken(slot, 10 * slot, Prompt([slot + 1] * 3)) for slot in free]
+    (batch,) = sampler._batches(taken, shape)
+    none = shape.slots
+    assert batch.into.reshape(4, 4).tolist() == [
+        [0, 1, 2, 3],
+        [1, 3, none, none],
+        [none] * 4,
+        [0] + [none] * 3,
+    ]
+    assert batch.numbers[:6].tolist() == [0, 10, 20, 30, 50, 70]
+    assert batch.ids[5, :4].tolist() == [8, 8, 8, 0]
+    assert len(next(iter(sampler._batches(taken[3:], shape))).ids) == 4 * 2
+
+
+def test_no_more_tokens_are_read_at_once_than_fit() -> None:
+    shape = Shape(devices=4, slots=16, group=1, time=1024, columns=32)
+    taken = [Taken(slot, slot, Prompt([5])) for slot in range(10)]
+    read = [batch.ids.shape for batch in sampler._batches(taken, shape)]
+    assert read == [(16, 1024), (16, 1024), (8, 1024)]
 
 
 def test_a_stop_token_ends_its_row_and_is_kept() -> None:
@@ -187,7 +269,7 @@ def test_programs_are_counted_by_buckets_not_by_lengths(monkeypatch: pytest.Monk
         traced[0] += 1
         return draw(*args)
 
-    monkeypatch.setattr(sampler, "draw", counted)
+    monkeypatch.setattr(slots, "draw", counted)
 
     def compiled(prompt: int, new: int) -> int:
         before = traced[0]

@@ -31,6 +31,7 @@ STAGE = {  # where DeepSpeed has a setting -> its name in a stage
 MESH = {
     "zero_optimization.stage": "zero_stage",
     "zero_optimization.offload_optimizer.device": "offload_optimizer",
+    "zero_optimization.offload_param.device": "offload_param",
 }
 OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "sgd": "sgd", "muon": "muon"}
 SCHEDULERS = {"warmuplr": "constant_with_warmup", "warmupdecaylr": "linear", "warmupcosinelr": "cosine"}
@@ -146,18 +147,10 @@ def _put(
 
 def _meaning(key: str, value: Any, said: Said) -> list[tuple[str, str, Any]] | None:
     """(table, setting, value) of what a key says: none of them where it says nothing, None without counterpart."""
-    if key == "zero_optimization.offload_param.device":
-        if value in ("none", None):
-            return []
-        raise ConfigError(
-            f"{key} = {json.dumps(value)}: parameters are not offloaded to the host",
-            where=said.place(key),
-            fix="leave offload_param out; offload_optimizer is there, and more devices along fsdp share parameters out",
-        )
-    if key.endswith("offload_optimizer.device"):
+    if key in MESH and key.endswith(".device"):
         if value not in ("none", "cpu", None):
             raise ConfigError(f"{key} = {json.dumps(value)}: allowed are cpu and none", where=said.place(key))
-        return [("mesh", "offload_optimizer", True)] if value == "cpu" else []
+        return [("mesh", MESH[key], True)] if value == "cpu" else []
     if key in MESH:
         return [("mesh", MESH[key], value)]
     if key in STAGE:

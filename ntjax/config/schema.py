@@ -216,6 +216,7 @@ class MeshConfig(Table):
     dcn_data: int = setting(1, at_least=1)
     dcn_fsdp: int = setting(1, at_least=1)
     offload_optimizer: bool = setting(False)
+    offload_param: bool = setting(False)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -223,15 +224,15 @@ class MeshConfig(Table):
         given = {name: size for name in MESH_AXES if (size := getattr(self, name)) is not None}
         if -1 in given.values():
             return given
-        rest = "fsdp" if self.zero_stage and self.fsdp is None else "data"
+        rest = "fsdp" if (self.zero_stage or self.offload_param) and self.fsdp is None else "data"
         return given if rest in given else {**given, rest: -1}
 
     @property
     def zero(self) -> int:
-        """The ZeRO stage: 3 where devices are put along `fsdp` and none is named."""
+        """The ZeRO stage: 3 where weights are offloaded or devices put along `fsdp`, and none is named."""
         if self.zero_stage is not None:
             return self.zero_stage
-        return 0 if self.fsdp in (None, 1) else 3
+        return 0 if self.fsdp in (None, 1) and not self.offload_param else 3
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         sizes = {name: getattr(self, name) for name in MESH_AXES}
@@ -245,6 +246,8 @@ class MeshConfig(Table):
                 "zero_stage",
                 "0 shares nothing out, which is what fsdp is for; put these devices along data",
             )
+        if self.offload_param and self.zero < 3:
+            yield "offload_param", f"weights are offloaded in ZeRO stage 3, and zero_stage is {self.zero}"
         for name, size in sizes.items():
             if size == 0:
                 yield name, "an axis has at least one device, or -1 for the rest"

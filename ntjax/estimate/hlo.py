@@ -31,9 +31,7 @@ READS_PART = {"dynamic-slice", "gather"}
 HEADER = re.compile(r"^(ENTRY )?%?(\S+) (\([^=]*)?.*\{$")
 COMMENT = re.compile(r"/\*.*?\*/")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations)=\{?(%?[\w.-]+(?:, *%?[\w.-]+)*)\}?"
-)
+CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,8 @@ class Program:
                 assert condition is not None
                 yield from self.walk(body, times * self.trips(one, condition))
             elif one.opcode in ("call", "conditional", "async-start"):
-                for match in CALLED.findall(one.rest):
-                    for inner in match.replace("%", "").split(","):
+                for several, single in CALLED.findall(one.rest):
+                    for inner in (several or single).replace("%", "").split(","):
                         yield from self.walk(inner.strip(), times)
 
     def trips(self, loop: Instruction, condition: str) -> int:

@@ -23,19 +23,28 @@ from ntjax.estimate.shapes import Shape, Weights, at, held
 from ntjax.hf.files import read_config
 from ntjax.hf.hub import locate
 from ntjax.layout import MANUAL, Layout
-from ntjax.mesh import ROWS, replicated
+from ntjax.mesh import ROWS, on_host, replicated
 from ntjax.models import Model, build, is_scoring, scoring_config
 from ntjax.params import Params
-from ntjax.sampler import Shape as Slots
-from ntjax.sampler import programs as sampler_programs
 from ntjax.scorer import scores
+from ntjax.slots import Prompts, formats
+from ntjax.slots import Shape as Slots
+from ntjax.slots import programs as sampler_programs
 from ntjax.stages.base import StageConfig
 from ntjax.stages.rollout import RolloutConfig
 from ntjax.step import TrainState
-from ntjax.trainer import fetching, on_host, stage_step
+from ntjax.trainer import fetching, stage_step
 
 STEPS = 1000  # of the schedule, which changes no program
 TRAIN = "train"
+SCORED = (
+    "tokens",
+    "segments",
+    "positions",
+    "mask",
+    "start",
+    "pairs",
+)  # of a batch, by the reference and the policy
 
 
 @dataclass(frozen=True)
@@ -145,8 +154,7 @@ class Programs:
         """The program that scores a step's rows, and what it is called with."""
         score = self.stage.reference_scores(model)
         assert score is not None
-        known = ("tokens", "segments", "positions", "mask", "start")
-        rows = {name: batch[name] for name in known if name in batch}
+        rows = {name: batch[name] for name in SCORED if name in batch}
         return jax.jit(lambda params, batch: jax.lax.map(partial(score, params), batch)), params, rows
 
     def _scoring(self, model: Model, weights: Weights, around: dict[str, int]) -> Iterator[Program]:
@@ -165,7 +173,7 @@ class Programs:
             yield Program("reference", function, (params, rows), kinds, rest, batch["tokens"].size, calls)
         score = stage.policy_scores(model) if isinstance(stage, RolloutConfig) else None
         if score is not None:
-            rows = {name: batch[name] for name in ("tokens", "segments", "positions", "mask", "start")}
+            rows = {name: batch[name] for name in SCORED if name in batch}
 
             def scored(trainable: Params, frozen: Params, batch: Any) -> Any:
                 params = weights.join(frozen, trainable, None)
@@ -183,7 +191,7 @@ class Programs:
         layout = self.layout
         joined = weights.model()
         params = {path: joined[path] for path in model.specs}
-        copied = layout.zero >= 3 and layout.mesh.shape["fsdp"] > 1
+        copied = layout.gathers
         if copied:  # as Layout.gathered
             params = {
                 path: Shape(w.shape, model.config.dtype) if isinstance(w, Shape) and len(w.shape) > 2 else w
@@ -195,30 +203,20 @@ class Programs:
         longest, tokens = stage.max_length, stage.completion_length
         size = Slots.of(stage.sampler_slots * devices, shape.group, prompts, longest, tokens, devices=devices)
         compiled = sampler_programs(model, stage.sampling((2,)), size)
-        state = self._slots(jax.eval_shape(compiled.empty, params))
+        state = jax.eval_shape(compiled.empty)
+        state = jax.tree.map(at, state, formats(state, layout))
         rows, whole = NamedSharding(layout.mesh, PartitionSpec(MANUAL)), replicated(layout.mesh)
-        count, ints = size.read(size.slots, devices), partial(Shape, dtype=jnp.int32)
-        prompt = ints((count, size.time), sharding=rows)
+        count, ints = size.most * devices, partial(Shape, dtype=jnp.int32)
         each, one = ints((count,), sharding=whole), ints((), sharding=whole)
+        read = Prompts(ints((count, size.time), sharding=rows), each, each, each)
         kinds = {"sampler's weights" if copied else "weights": held(params), "cache": held(state)}
         rest = {kind: size for kind, size in around.items() if kind not in kinds}
-        filled = (params, state, prompt, each, each, each, one)
+        filled = (params, state, read, one)
         calls = prompts / count / shape.steps
         yield Program("prefill", compiled.fill, filled, kinds, rest, count * size.time, calls)
-        written = stage.completion_length * -(-prompts // size.slots) / shape.steps
-        rows_drawn = size.slots * shape.group
+        written = stage.completion_length * -(-prompts // size.all_slots) / shape.steps
+        rows_drawn = size.all_slots * shape.group
         yield Program("decode", compiled.decode, (params, state, one), kinds, rest, rows_drawn, written)
-
-    def _slots(self, state: Any) -> Any:
-        """The sampler's state in its places: slots and rows over the devices, keys and values as the heads are."""
-        layout = self.layout
-        rows = NamedSharding(layout.mesh, PartitionSpec(MANUAL))
-        heads = NamedSharding(layout.mesh, PartitionSpec(MANUAL, layout.axis("kv_heads")))
-        cache = state.cache
-        layers = jax.tree.map(lambda x: at(x, heads), cache.layers)
-        step = at(cache.at, replicated(layout.mesh))
-        rest = jax.tree.map(lambda x: at(x, rows), state.replace(cache=cache.replace(at=None, layers=None)))
-        return rest.replace(cache=rest.cache.replace(at=step, layers=layers))
 
     def _rewarding(self, stage: RolloutConfig, around: dict[str, int]) -> Program:
         """A reward model's scores of as many completions as it takes at a time."""

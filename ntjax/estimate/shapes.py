@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ntjax import lora
 from ntjax.config import Config
 from ntjax.layout import Layout
-from ntjax.mesh import ROWS
+from ntjax.mesh import HOST, ROWS
 from ntjax.models import Model
 from ntjax.params import Params, Spec, Specs, decays, weight
 from ntjax.policy import VALUE, quantiser
@@ -155,9 +155,9 @@ def at(x: Any, place: Any) -> Shape:
 
 
 def held(tree: Any) -> int:
-    """Bytes that a device has of the arrays of a tree."""
+    """Bytes that a device has of the arrays of a tree; what lies in the host's memory it doesn't have."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        if x.sharding.memory_kind != HOST and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     )

@@ -20,6 +20,13 @@ __all__ = ["Target", "answering", "target"]
 
 TPUS = ("v5e", "v5p", "v6e")
 GPUS = ("h100", "h200")
+# libtpu asks nobody what this machine is, and takes no chip from anybody: it only compiles.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 HOST = {"v5e": (2, 2), "v6e": (2, 2), "v5p": (2, 2, 1)}  # chips of a host
 
 
@@ -85,8 +92,8 @@ def _tpus(name: str, chip: str, shape: str, where: str) -> Sequence[Any]:
             where=where,
             fix=f"write it as {chip}:{example}",
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody has to be asked what this machine is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip from anybody
+    for name_, value in QUIET.items():
+        os.environ.setdefault(name_, value)
     host = [min(size, part) for size, part in zip(sizes, HOST[chip], strict=True)]
     try:
         found = topologies.get_topology_desc(

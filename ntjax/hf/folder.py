@@ -24,6 +24,7 @@ from ntjax.hf.files import LARGEST_FILE, Layout, Source, exported_config, read_j
 from ntjax.hf.flax_msgpack import EMBEDDING, LAYER_NORM, LINEAR, PLAIN, FlaxMsgpack, write_flax
 from ntjax.hf.gguf_file import GGUF
 from ntjax.hf.shards import Safetensors, write_safetensors
+from ntjax.mesh import on_device
 from ntjax.params import Params, Spec, Specs
 from ntjax.weights import dense
 
@@ -121,8 +122,8 @@ def load_params(
 
     Each tensor is read, quantised where `quantise(path, tensor)` says so (it gives a node, or None for a weight that
     stays as it is), sent to the devices and written into its place in the stacked weight there, so that the host
-    holds one at a time. The largest tensors go first, when least is allocated beside them. On several hosts each
-    one reads what its devices hold.
+    holds one at a time. The largest tensors go first, when least is allocated beside them. Weights that lie in the
+    host's memory are put together on the devices one by one. On several hosts each one reads what its devices hold.
 
     Raises BadData as `check` does, and what `open_weights` raises.
     """
@@ -146,20 +147,22 @@ def _load(
     lead, shape = spec.shape[:stacked], spec.shape[stacked:]
     weight: Any = None
     places: Any = None
+    held: Any = None
     for index, name in spec.tensors():
         tensor = _read(source, name, shape, dtype, path, quantise)
         if weight is None:
-            held = dtype if isinstance(tensor, np.ndarray) else None
+            given = dtype if isinstance(tensor, np.ndarray) else None
             shapes = jax.tree.map(
-                lambda x, held=held: jax.ShapeDtypeStruct((*lead, *x.shape), held or x.dtype), tensor
+                lambda x, given=given: jax.ShapeDtypeStruct((*lead, *x.shape), given or x.dtype), tensor
             )
-            places = sharding(path, shapes) if sharding else None
+            held = sharding(path, shapes) if sharding else None
+            places = jax.tree.map(on_device, held)
             weight = _over(places, lambda at, x: _zeros(x.shape, x.dtype, at), shapes)
         at = np.array(index, np.int32)
         tensor = _over(places, lambda at, x: _placed(x, stacked, at), tensor)
         weight = _over(places, lambda where, x, part, at=at: _write(x, part, at, where), weight, tensor)
         jax.block_until_ready(weight)  # or tensors queue up faster than they are written
-    return weight
+    return weight if held is None else jax.device_put(weight, held)
 
 
 def _over(places: Any, function: Callable[..., Any], *weights: Any) -> Any:

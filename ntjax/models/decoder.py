@@ -1,13 +1,13 @@
 """What every decoder-only language model shares: embed, a scan over stacked blocks, norm, head, cache.
 
-Decoding goes through the layers one by one instead: their caches are then written in place, and no layer's weights are
-sliced off the stack at every token.
+Decoding takes the layers in stacks (`Model.stacks`): it loops over the layers of each, and their cache is carried along
+and written in place.
 
 A family is one file beside this one with a `Block` and a `from_hf`. Modules are abstract: they declare weights and
 never hold them. `Model` binds a flat dict of arrays to the modules inside a pure function.
 
-Axes: B batch, T time, P prompts, R rows that go on from them, S columns of a row's own cache, D embed,
-K key/value heads, h head_dim.
+Axes: B batch, T time, P prompts, R rows that go on from them, S columns of a row's own cache, L layers of a stack,
+D embed, K key/value heads, h head_dim.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ class Cache:
     none. A column whose segment is 0 isn't seen.
     """
 
-    layers: tuple[Kept, ...]
+    layers: tuple[Kept, ...]  # a stack of them each
     prompts: Tokens  # [P, T] each
     own: Tokens  # [R, S] each
     at: jax.Array  # [] int32
 
 
 class Block(Protocol):
-    """One layer: x [B, T, D] -> x, and what it wrote to its slice of the cache."""
+    """One layer: x [B, T, D] -> x, and its keys and values, or the cache with them in it."""
 
     def __call__(self, x: jax.Array, context: Context, cache: Kept | None) -> tuple[jax.Array, Any]: ...
 
@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.norm.get_value(), config.eps), kept
 
     def decode(
-        self, layers: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache
+        self, stacks: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """The next token of every row: ids [R, 1] -> hidden states [R, 1, D]."""
         config = self.config
@@ -132,13 +132,27 @@ class Decoder(nnx.Module):
         at = cache.at % cache.own.segments.shape[1]
         own = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, at)), cache.own, tokens)
         context = Context(rotations(config.rope, tokens), tokens, before=(cache.prompts, own), at=at)
-        graph, _ = nnx.split(self.blocks)
         written = []
-        for weights, kept in zip(layers, cache.layers, strict=True):
-            x, kept = nnx.merge(graph, weights)(x, context, kept)
+        for weights, kept in zip(stacks, cache.layers, strict=True):
+            x, kept = self._continued(x, weights, context, kept)
             written.append(kept)
         cache = Cache(tuple(written), cache.prompts, own, cache.at + 1)
         return rms_norm(x, self.norm.get_value(), config.eps), cache
+
+    def _continued(self, x: jax.Array, stack: Any, context: Context, kept: Kept) -> tuple[jax.Array, Kept]:
+        """x [R, 1, D] after a stack of layers, and their cache."""
+        graph, _ = nnx.split(self.blocks)
+
+        def layer(carry: tuple[jax.Array, Any], given: tuple[jax.Array, Any]) -> tuple[Any, None]:
+            (x, own), (number, weights) = carry, given
+            x, written = nnx.merge(graph, weights)(x, context, Kept(kept.prompt, own, number))
+            return (x, written.own), None
+
+        count = len(kept.own[0])
+        unroll = 0 if count == 1 else 1  # 0: no loop
+        each = jnp.arange(count), stack
+        (x, own), _ = jax.lax.scan(layer, (x, kept.own), each, unroll=unroll)
+        return x, Kept(kept.prompt, own)
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,8 @@ class Model:
     """A model without its weights: a graph and declarations. Hashable, so a jitted function may close over it.
 
     `hf` is the config.json it came from, with transformers' defaults filled in; `layout` says how its weights lie on
-    several devices, None that there is one.
+    several devices, None that there is one. `looped` says whether decoding loops over the layers, None that it does
+    so unless they are on CPU.
     """
 
     config: DecoderConfig
@@ -154,6 +169,7 @@ class Model:
     specs: Specs = field(hash=False, compare=False)
     hf: dict[str, Any] = field(hash=False, compare=False)
     layout: Layout | None = None
+    looped: bool | None = None
 
     @classmethod
     def of(cls, decoder: Decoder, hf: dict[str, Any], layout: Layout | None = None) -> Model:
@@ -196,16 +212,29 @@ class Model:
 
         return self.layout.over_rows(scores, {name: params[name]}, self.specs, hidden, targets)
 
-    def prefill(self, params: Params, ids: jax.Array, tokens: Tokens) -> tuple[jax.Array, list]:
-        """`hidden`, and the keys and values [B, K, T, h] of each layer."""
+    def prefill(self, params: Params, ids: jax.Array, tokens: Tokens) -> tuple[jax.Array, list[Any]]:
+        """`hidden`, and the keys and values [L, B, K, T, h] of each stack."""
         with _on(self.layout):
             hidden, kept = self.bind(params)(ids, tokens, keep=True)
-        return hidden, [jax.tree.map(lambda x, n=n: x[n], kept) for n in range(self.config.layers)]
+        return hidden, self._in_stacks(kept)
+
+    @property
+    def stacks(self) -> list[slice]:
+        """The layers as decoding takes them: all as one stack, which it loops over, or each by itself.
+
+        The matmuls of TPUs and GPUs read a layer's weights where they are in a stack. CPU's want them copied out of it.
+        """
+        count, looped = self.config.layers, self.looped
+        if looped is None:
+            looped = _platform(self.layout) != "cpu"
+        return [slice(0, count)] if looped else [slice(n, n + 1) for n in range(count)]
+
+    def _in_stacks(self, tree: Any) -> list[Any]:
+        return [jax.tree.map(lambda x, part=part: x[part], tree) for part in self.stacks]
 
     def layers(self, params: Params) -> list[Any]:
-        """The weights of each layer by itself, for `decode`: taken off their stack once, not at every token."""
-        _, stack = nnx.split(self.bind(params).blocks)
-        return [jax.tree.map(lambda x, n=n: x[n], stack) for n in range(self.config.layers)]
+        """The weights of each stack, for `decode`: what is copied is copied once, not at every token."""
+        return self._in_stacks(nnx.split(self.bind(params).blocks)[1])
 
     def decode(
         self, params: Params, layers: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache
@@ -231,16 +260,16 @@ class Model:
         """An empty cache of `prompts`, and of `rows`, a whole number of them a prompt, of up to `columns` tokens."""
         config = self.config
 
-        def empty(count: int, time: int) -> tuple[jax.Array, jax.Array]:
-            shape = (count, config.kv_heads, time, config.head_dim)
+        def empty(stack: slice, count: int, time: int) -> tuple[jax.Array, jax.Array]:
+            shape = (stack.stop - stack.start, count, config.kv_heads, time, config.head_dim)
             return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
         def nowhere(*shape: int) -> Tokens:
             return Tokens(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
 
-        layers = tuple(Kept(empty(prompts, prompt_time), empty(rows, columns)) for _ in range(config.layers))
+        layers = (Kept(empty(s, prompts, prompt_time), empty(s, rows, columns)) for s in self.stacks)
         places = nowhere(prompts, prompt_time), nowhere(rows, columns)
-        return Cache(layers, *places, jnp.zeros((), jnp.int32))
+        return Cache(tuple(layers), *places, jnp.zeros((), jnp.int32))
 
 
 def _on(layout: Layout | None) -> AbstractContextManager[Any]:
@@ -248,3 +277,8 @@ def _on(layout: Layout | None) -> AbstractContextManager[Any]:
     if layout is None or layout.mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
         return nullcontext()
     return jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)
+
+
+def _platform(layout: Layout | None) -> str:
+    """Of the devices that programs are for."""
+    return layout.mesh.devices.flat[0].platform if layout else jax.default_backend()

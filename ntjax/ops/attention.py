@@ -78,16 +78,23 @@ def across(keys: Tokens, k: jax.Array, v: jax.Array) -> tuple[Tokens, jax.Array,
 
 
 class Kept(NamedTuple):
-    """Keys and values of a layer: of prompts [P, K, T, h] each, shared by the rows that go on from them, and of what
-    those R rows wrote [R, K, S, h]; the rows of a prompt are neighbours."""
+    """Keys and values of a stack of L layers, of which `layer` is meant: of prompts [L, P, K, T, h] each, shared by the
+    rows that go on from them, and of what those R rows wrote [L, R, K, S, h]; the rows of a prompt are neighbours."""
 
     prompt: tuple[jax.Array, jax.Array]
     own: tuple[jax.Array, jax.Array]
+    layer: Any = None  # [] int32
 
     def written(self, new: tuple[jax.Array, jax.Array], at: jax.Array) -> Kept:
-        """With every row's next key and value, [R, K, 1, h] each, in column `at`."""
-        own = (jax.lax.dynamic_update_slice(x, y, (0, 0, at, 0)) for x, y in zip(self.own, new, strict=True))
-        return Kept(self.prompt, tuple(own))  # type: ignore[arg-type]
+        """With every row's next key and value, [R, K, 1, h] each, in column `at` of the layer."""
+        place = (self.layer, 0, 0, at, 0)
+        own = (jax.lax.dynamic_update_slice(x, y[None], place) for x, y in zip(self.own, new, strict=True))
+        return Kept(self.prompt, tuple(own), self.layer)  # type: ignore[arg-type]
+
+    def of_layer(self) -> Kept:
+        """The layer's own, without the axis L."""
+        pick = partial(jax.lax.dynamic_index_in_dim, index=self.layer, keepdims=False)
+        return Kept(*jax.tree.map(pick, (self.prompt, self.own)))
 
 
 def continued(
@@ -97,6 +104,7 @@ def continued(
 
     A prompt's keys are read once for all of its rows.
     """
+    kept = kept.of_layer()
     rows, _, heads, head_dim = q.shape
     count, kv_heads, time, _ = kept.prompt[0].shape
     together = q.reshape(count, rows // count, kv_heads, -1, head_dim).swapaxes(1, 2)
@@ -161,7 +169,7 @@ def blocked(
 
 
 def partitions(mesh: AbstractMesh, batch: int, kv_heads: int) -> tuple[PartitionSpec, PartitionSpec]:
-    """How [batch, time] and [batch, time, heads, head_dim] are split over the axes of a mesh that are left to XLA, which
+    """How [batch, time] and [batch, time, heads, head_dim] are split over axes of a mesh that are left to XLA, which
     a kernel of its own takes over: XLA can't split one.
 
     Raises NotImplementedError where they can't be split evenly.

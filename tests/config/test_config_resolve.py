@@ -272,8 +272,8 @@ def test_the_familiar_example_is_the_same_in_every_language(suffix: str) -> None
 
 
 def test_a_kernel_that_the_devices_lack_is_refused_at_its_line(load_tables: Load) -> None:
-    from ntjax.prepare import _layout
+    from ntjax.prepare import layout_of
 
     config = load_tables(model={"model_name_or_path": "m", "attention": "splash"})
     with pytest.raises(ConfigError, match=r'run.json:4: attention = "splash": the devices are cpu'):
-        _layout(config)
+        layout_of(config)

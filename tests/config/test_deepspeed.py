@@ -52,6 +52,13 @@ def test_what_it_says_becomes_settings(tmp_path: Path) -> None:
     assert warning.endswith("and not read: zero_optimization.offload_optimizer.pin_memory")
 
 
+def test_weights_are_offloaded_in_stage_3(tmp_path: Path) -> None:
+    offload = {"offload_param": {"device": "cpu"}}
+    assert loaded(tmp_path, {"zero_optimization": {"stage": 3, **offload}}).mesh.offload_param
+    with pytest.raises(ConfigError, match="zero_stage is 2"):
+        loaded(tmp_path, {"zero_optimization": {"stage": 2, **offload}})
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ours_leave_all_but_the_stage_to_the_config(stage: int, tmp_path: Path) -> None:
     said = json.loads((SHIPPED / f"ds_config_zero{stage}.json").read_text())
@@ -81,7 +88,7 @@ def test_the_same_said_twice_is_no_contradiction(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 5}}, "", "zero_stage = 5"),
         ({"zero_optimization": {"stage": 2}}, "[mesh]\nzero_stage = 3\n", "ds.json:3 says 2"),
         ({"optimizer": {"type": "Lamb"}}, "", '"Lamb" isn\'t there'),
-        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "", "not offloaded to the host"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "", "allowed are cpu and none"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "", "allowed are cpu and none"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -93,10 +94,12 @@ def decoded(
     return np.concatenate(hidden, axis=1)
 
 
+@pytest.mark.parametrize("looped", [False, True], ids=["unrolled", "looped"])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("variant", [{}, WINDOW], ids=["default", "window"])
-def test_a_cache_changes_nothing(variant: dict[str, Any], group: int) -> None:
+def test_a_cache_changes_nothing(variant: dict[str, Any], group: int, looped: bool) -> None:
     _, model, params = pair({**TINY, **variant})
+    model = replace(model, looped=looped)
     ids = random_ids(6, 20)
     ids[:, :9] = np.repeat(ids[::group, :9], group, axis=0)  # rows of a group begin with the same prompt
     lengths = np.repeat(np.array([9, 4, 6, 9, 1, 2])[: 6 // group], group)
@@ -107,9 +110,14 @@ def test_a_cache_changes_nothing(variant: dict[str, Any], group: int) -> None:
     np.testing.assert_allclose(hidden, wanted, rtol=0, atol=TOLERANCE)
 
 
-def test_a_cache_is_in_the_dtype_of_the_activations() -> None:
-    _, model, _ = pair(TINY, dtype="bfloat16")
+@pytest.mark.parametrize(("looped", "stacks", "layers"), [(False, 2, 1), (True, 1, 2)])
+def test_a_cache_is_of_stacks_in_the_dtype_of_the_activations(looped: bool, stacks: int, layers: int) -> None:
+    _, model, params = pair(TINY, dtype="bfloat16")
+    model = replace(model, looped=looped)
     cache = model.cache(2, 16, 6, 4)
     assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype(jnp.bfloat16)}
-    assert cache.layers[0].prompt[0].shape == (2, 2, 16, 8)  # prompts, key/value heads, time, head_dim
-    assert cache.layers[0].own[0].shape == (6, 2, 4, 8)
+    assert len(cache.layers) == len(model.layers(params)) == stacks
+    shape = (layers, 2, 2, 16, 8)  # layers of a stack, prompts, key/value heads, time, head_dim
+    assert cache.layers[0].prompt[0].shape == shape
+    assert cache.layers[0].own[0].shape == (layers, 6, 2, 4, 8)
+    assert {x.shape[0] for x in jax.tree.leaves(model.layers(params))} == {layers}
