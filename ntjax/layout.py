@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ntjax.errors import ConfigError
 from ntjax.mesh import AXES, FSDP, HOST, ROWS, SEQUENCE, TENSOR, row_groups
 from ntjax.params import Params, Spec, Specs
-from ntjax.quantised import EightBit, FourBit
+from ntjax.quantised import EightBit, FourBit, in_words
 from ntjax.weights import Adapted, Parted, whole
 
 # Axis of a weight -> axis of the mesh.
@@ -179,6 +179,11 @@ class Layout:
             return places
         return {path: _moved(place, _far(specs[path], params[path])) for path, place in places.items()}
 
+    def packed(self, w: Any) -> Any:
+        """A weight as it is held: the codes of an offloaded quantised one in words. XLA tiles bytes in other ways in
+        the host's memory than where it computes, and would fetch all layers' to tile those of one anew."""
+        return in_words(w, self.mesh.size) if self.offload else w
+
     def put(self, params: Params, specs: Specs) -> Params:
         """The weights, as they are held between steps."""
         return jax.device_put(params, self.shardings(params, specs))
@@ -272,9 +277,12 @@ class Layout:
         return jax.tree.map(mark, self.partitions(spec, w, parted=True), w, is_leaf=_is_partition)
 
 
-def placing(layout: Layout, specs: Specs) -> Callable[[str, Any], Any]:
-    """(path, shapes of a weight's arrays) -> where these lie between steps."""
-    return lambda path, shapes: layout.shardings({path: shapes}, specs)[path]
+def placing(layout: Layout, specs: Specs) -> dict[str, Any]:
+    """How `hf.folder.load_params` is to leave weights: as they are held between steps."""
+    return {
+        "sharding": lambda path, shapes: layout.shardings({path: shapes}, specs)[path],
+        "packed": layout.packed,
+    }
 
 
 def _by_hand(parted: Any) -> Any:
@@ -308,17 +316,18 @@ def _with_own_keys(params: Params, axes: tuple[str, ...]) -> Params:
 def _far(spec: Spec, w: Any) -> Any:
     """Which arrays of a weight lie in the host's memory if it is offloaded: a tree like `w` of bools.
 
-    Adapters, vectors and what is small beside a quantised weight stay: they are little, and would be waited for.
+    Adapters, vectors and what is small beside a quantised weight stay: they are little, and would be waited for. So do
+    bytes, see `Layout.packed`.
     """
+    near = jax.tree.map(lambda _: False, w)
     if isinstance(w, Adapted):
-        near = jax.tree.map(lambda _: False, w.replace(base=None))  # type: ignore[attr-defined]
         return near.replace(base=_far(spec, w.base))
     far = _is_matrix(spec.torch_shape) and "rank" not in spec.names
-    if isinstance(w, EightBit):
-        return w.replace(codes=far, scale=False)  # type: ignore[attr-defined]
-    if isinstance(w, FourBit):
-        near = jax.tree.map(lambda _: False, w)
-        return near.replace(codes=far, absmax=far)
+    if isinstance(w, EightBit | FourBit):
+        codes = far and w.codes.dtype == jnp.uint32
+        if isinstance(w, EightBit):
+            return near.replace(codes=codes)
+        return near.replace(codes=codes, absmax=codes and w.absmax.dtype == jnp.float32)
     return far
 
 

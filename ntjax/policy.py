@@ -20,8 +20,9 @@ from safetensors.numpy import load_file
 from ntjax import lora
 from ntjax.config import ModelConfig
 from ntjax.errors import BadData, ConfigError
-from ntjax.hf.folder import HARMLESS, Placing, Quantise, load_params, open_weights
+from ntjax.hf.folder import HARMLESS, Quantise, load_params, open_weights
 from ntjax.hf.peft import load_adapter
+from ntjax.layout import Layout, placing
 from ntjax.lora import Plan
 from ntjax.models import Model
 from ntjax.params import Params, Specs, decays, initial, weight
@@ -99,7 +100,7 @@ def load_policy(
     plan: Plan | None = None,
     adapter: tuple[Plan, Params] | None = None,
     seed: int = 0,
-    sharding: Placing | None = None,
+    layout: Layout | None = None,
 ) -> Policy:
     """The weights in `source`, of which `plan` says what is trained: a new adapter, or `adapter` on.
 
@@ -110,13 +111,13 @@ def load_policy(
     """
     key = jax.random.key(seed)
     if plan is None:
-        params = load(source, model, settings.param_dtype, key, sharding)
+        params = load(source, model, settings.param_dtype, key, layout)
         if adapter:
             joined = adapter[0].join(params, adapter[1])
             for path, w in joined.items():
                 params[path] = jax.device_put(dense(w, params[path].dtype), params[path].sharding)
         return Policy(params, {}, model.specs)
-    held = load(source, model, settings.dtype, key, sharding, quantiser(settings, model.specs))
+    held = load(source, model, settings.dtype, key, layout, quantiser(settings, model.specs))
     trained = jnp.dtype(settings.param_dtype)
     frozen, trainable = plan.initial(held, model.specs, jax.random.fold_in(key, 1), trained)
     start = None
@@ -213,7 +214,7 @@ def load(
     model: Model,
     dtype: str,
     key: jax.Array,
-    sharding: Placing | None = None,
+    layout: Layout | None = None,
     quantise: Quantise | None = None,
 ) -> Params:
     """The model's weights from a folder. A language model that becomes a scoring one is given a new head of scores,
@@ -225,7 +226,6 @@ def load(
         specs = {path: spec for path, spec in specs.items() if path != "score"}
         ignore.append(LANGUAGE_HEAD)
         log.info("%s has no score.weight: it starts from random numbers", source)
-    params = load_params(weights, specs, dtype=dtype, sharding=sharding, ignore=ignore, quantise=quantise)
-    if drawn and sharding is not None:
-        drawn = {path: jax.device_put(array, sharding(path, array)) for path, array in drawn.items()}
-    return {**params, **drawn}
+    lie = placing(layout, specs) if layout else {}
+    params = load_params(weights, specs, dtype=dtype, ignore=ignore, quantise=quantise, **lie)
+    return {**params, **(layout.put(drawn, model.specs) if layout else drawn)}

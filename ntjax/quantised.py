@@ -26,6 +26,7 @@ Kind = Literal["nf4", "fp4"]
 
 BLOCK = 64  # numbers that share an absmax
 NESTED = 256  # absmaxes that share a nested absmax
+WORD = 4  # bytes of a word
 TABLES: dict[Kind, np.ndarray] = {
     # Quantiles of a normal distribution, with an exact zero (QLoRA, appendix E).
     "nf4": np.array(
@@ -53,7 +54,7 @@ class FourBit:
     Leaves go by blocks, so that they can be sharded along `blocks`; the last block may be partly unused.
     """
 
-    codes: Any  # uint8 [.., blocks, 32], two codes a byte, the first in the high bits
+    codes: Any  # uint8 [.., blocks, 32], two codes a byte, the first in the high bits; or these in words
     absmax: Any  # [.., blocks]: fp32, or uint8 codes of the dynamic table
     nested: Any  # fp32 [.., ceil(blocks / 256)], or None
     offset: Any  # fp32 [..], or None
@@ -72,7 +73,7 @@ class FourBit:
 
     def dense(self, dtype: Any) -> jax.Array:
         """[.., *matrix], computed in fp32. Under jit all of it is one loop that writes the result alone."""
-        codes = self.codes[..., None] >> np.array([4, 0], np.uint8) & 15
+        codes = _bytes(self.codes, jnp.uint8)[..., None] >> np.array([4, 0], np.uint8) & 15
         values = _selected(codes, TABLES[self.kind]) * self._absmax()[..., None, None]
         flat = values.astype(dtype).reshape(*self.absmax.shape[:-1], -1)
         return flat[..., : math.prod(self.matrix)].reshape(self.shape)
@@ -91,14 +92,15 @@ class FourBit:
 class EightBit:
     """A weight in 8 bits, or a stack of them: a number is codes * scale / 127."""
 
-    codes: Any  # int8 [.., *outputs, *inputs]
+    codes: Any  # int8 [.., *outputs, *inputs], or these in words
     scale: Any  # fp32 [.., *outputs], the largest magnitude of a row
     inputs: int = struct.field(pytree_node=False)  # how many axes are contracted
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the array it stands for, stacked axes included."""
-        return self.codes.shape
+        *lead, last = self.codes.shape
+        return (*lead, last * WORD if self.codes.dtype == jnp.uint32 else last)
 
     @property
     def ndim(self) -> int:
@@ -109,7 +111,29 @@ class EightBit:
         """[.., *outputs, *inputs], computed in fp32."""
         scale = jnp.expand_dims(self.scale, tuple(range(-self.inputs, 0)))
         # Two products, as bitsandbytes rounds: the row's scale, then the reciprocal of 127.
-        return (self.codes.astype(jnp.float32) * scale * np.float32(1 / 127)).astype(dtype)
+        codes = _bytes(self.codes, jnp.int8).astype(jnp.float32)
+        return (codes * scale * np.float32(1 / 127)).astype(dtype)
+
+
+def in_words(w: Any, parts: int) -> Any:
+    """A weight whose codes, if it is quantised, are words of 32 bits, the first byte lowest; as it is where bytes of 8
+    bits don't make words that its last axis can be split over `parts` devices by."""
+    if not isinstance(w, FourBit | EightBit):
+        return w
+    parts = 1 if isinstance(w, FourBit) else parts  # which is split by blocks
+    if w.codes.shape[-1] % (WORD * parts):
+        return w
+    if isinstance(w.codes, np.ndarray):
+        return w.replace(codes=np.ascontiguousarray(w.codes).view(np.uint32))  # type: ignore[union-attr]
+    bytes_ = w.codes.reshape(*w.codes.shape[:-1], -1, WORD)
+    return w.replace(codes=jax.lax.bitcast_convert_type(bytes_, jnp.uint32))  # type: ignore[union-attr]
+
+
+def _bytes(codes: Any, dtype: Any) -> Any:
+    """Codes of 8 bits, out of their words if they are in words."""
+    if codes.dtype != jnp.uint32:
+        return codes
+    return jax.lax.bitcast_convert_type(codes, dtype).reshape(*codes.shape[:-1], -1)
 
 
 def _selected(codes: jax.Array, table: np.ndarray) -> jax.Array:

@@ -45,8 +45,7 @@ def reference_params(setup: Setup, policy: Policy) -> Params:
     compute = setup.job.config.compute_dtype(setup.job.stage)
     if setup.reference:
         model, folder = setup.reference
-        place = placing(layout, model.specs)
-        return load_params(folder, model.specs, dtype=compute, sharding=place)
+        return load_params(folder, model.specs, dtype=compute, **placing(layout, model.specs))
     params = reference(policy, continued=setup.adapter is not None, compute=compute)
     return layout.put(params, setup.model.specs)
 

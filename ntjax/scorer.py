@@ -115,8 +115,8 @@ class Scorer:
 
     @cached_property
     def _params(self) -> Params:
-        place = placing(self.layout, self.model.specs)
-        return load_params(self.folder, self.model.specs, dtype=self.dtype, sharding=place)
+        lie = placing(self.layout, self.model.specs)
+        return load_params(self.folder, self.model.specs, dtype=self.dtype, **lie)
 
 
 def _check_reward_model(hf: dict[str, Any], weights: Source, folder: Path) -> None:

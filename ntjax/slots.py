@@ -3,8 +3,8 @@
 Slots are dealt to the devices along `MANUAL`, as many to each. A prompt is read on the device that has its slot, and
 written there: no other device hears of it.
 
-Axes: P slots, G rows of a slot, R = P * G, T prompt time, S columns of a row's cache, N prompts read at once,
-L layers of a stack.
+Axes: P slots, G rows of a slot, R = P * G, T prompt time, S columns of a row's cache, N prompts read at once, L layers,
+K key/value heads, h head_dim.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ntjax.weights import einsum
 BUCKET = 32  # prompt and completion lengths are rounded up to this times a power of two: few programs
 STEPS = 32  # tokens that are decoded before the host looks, or fewer: until a quarter of the slots can be refilled
 READ = 2**14  # tokens of prompts that are read at once
-# Platform -> the order in memory of what rows wrote, [L, R, K, S, h], where it isn't that of the axes. On TPUs XLA
+# Platform -> the order in memory of what rows wrote, [L, R, K, S, h], if it isn't that of the axes. On TPUs XLA
 # writes a column that lies together: in another order all columns would be copied before and after each call.
 ORDERS = {"tpu": (0, 3, 2, 1, 4)}
 
@@ -74,7 +74,7 @@ class Entries(NamedTuple):
     """What prompts leave in their slots."""
 
     into: jax.Array  # [N]
-    kept: list[tuple[jax.Array, jax.Array]]  # of each stack, [L, N, K, T, h]
+    kept: list[tuple[jax.Array, jax.Array]]  # of each layer [N, K, T, h], or [L, N, K, T, h]
     at: Tokens  # [N, T]
     last: jax.Array  # [N, D]
     lengths: jax.Array  # [N]
@@ -135,7 +135,7 @@ def formats(state: State, layout: Layout) -> State:
     """Where each array of a state lies on the devices, and in what order."""
     places = layout.placed(partitions(state, MANUAL, layout.axis("kv_heads")))
     order = ORDERS.get(layout.mesh.devices.flat[0].platform)
-    if order is None:
+    if order is None or not state.cache.layers[0].stacked:
         return places
     layers = tuple(
         Kept(kept.prompt, jax.tree.map(lambda place: Format(Order(order), place), kept.own))
@@ -147,8 +147,13 @@ def formats(state: State, layout: Layout) -> State:
 def partitions(state: State, axes: Sequence[str], heads: str | None = None) -> State:
     """How the arrays of a state are split: slots and rows over `axes`, keys and values over `heads` too."""
     split = jax.tree.map(lambda _: PartitionSpec(axes), state)
-    layers = jax.tree.map(lambda _: PartitionSpec(None, axes, heads), state.cache.layers)
+    layers = _partitions(state.cache.layers, axes, heads)
     return split.replace(cache=split.cache.replace(layers=layers, at=PartitionSpec()))
+
+
+def _partitions(kept: Any, axes: Sequence[str], heads: str | None = None) -> Any:
+    """Of keys and values [.., rows or prompts, K, time, h]."""
+    return jax.tree.map(lambda x: PartitionSpec(*[None] * (x.ndim - 4), axes, heads), kept)
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ class _Slots:
             return self._entered(state, entries)
         parted, where = PartitionSpec(axes), partitions(state, axes)
         split = jax.tree.map(lambda _: parted, entries)
-        split = split._replace(kept=jax.tree.map(lambda _: PartitionSpec(None, axes), entries.kept))
+        split = split._replace(kept=_partitions(entries.kept, axes))
         enter = jax.shard_map(
             self._entered,
             mesh=layout.mesh,
@@ -231,8 +236,8 @@ class _Slots:
         def put(old: jax.Array, entry: Any) -> jax.Array:
             return old.at[new.into].set(entry, mode="drop")
 
-        def put_stack(old: jax.Array, entry: jax.Array) -> jax.Array:
-            return old.at[:, new.into].set(entry, mode="drop")
+        def put_kept(old: jax.Array, entry: jax.Array) -> jax.Array:
+            return old.at[..., new.into, :, :, :].set(entry, mode="drop")
 
         def put_rows(old: jax.Array, entry: Any) -> jax.Array:
             return old.at[rows].set(entry, mode="drop")
@@ -241,7 +246,7 @@ class _Slots:
             return put_rows(old, jnp.repeat(entry, group, axis=0))
 
         layers = tuple(
-            Kept(jax.tree.map(put_stack, old.prompt, entry), old.own)
+            Kept(jax.tree.map(put_kept, old.prompt, entry), old.own)
             for old, entry in zip(cache.layers, new.kept, strict=True)
         )
         own = cache.own._replace(segments=put_rows(cache.own.segments, 0))

@@ -21,7 +21,7 @@ from ntjax import hosts, watchdog
 from ntjax.checkpoint import Checkpoints
 from ntjax.errors import ConfigError, Diverged, Preempted
 from ntjax.feed import Fed, Feed, Planned, Questions, Streamed
-from ntjax.layout import Layout, placing
+from ntjax.layout import Layout
 from ntjax.mesh import on_host, place_batch, replicated
 from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics, rewind
 from ntjax.models import Model
@@ -391,7 +391,7 @@ def start(setup: Setup) -> Policy:
         plan=setup.adapters,
         adapter=setup.adapter,
         seed=stage.seed,
-        sharding=placing(setup.layout, specs),
+        layout=setup.layout,
     )
     if stage.values:
         before = job.adapter.parent if job.adapter else job.source

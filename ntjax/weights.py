@@ -104,6 +104,11 @@ class Parted:
         """Of the whole."""
         return self.part.ndim
 
+    @property
+    def dtype(self) -> Any:
+        """Of the whole."""
+        return self.part.dtype
+
     def whole(self) -> jax.Array:
         """All of it."""
         if self.copy is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "ntjax"
-ABOVE = {"models", "stages", "pipeline", "trainer", "sampler"}
+ABOVE = {"models", "stages", "pipeline", "trainer", "sampler", "slots", "estimate"}
 COMMANDS = {path.stem for path in ROOT.glob("*.py")} & {
     *("train", "plan", "inspect", "generate", "export", "import", "eval", "report", "launch", "__main__")
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
@@ -23,7 +24,7 @@ from ntjax.models import build
 from ntjax.params import initial
 from ntjax.pipeline import run
 from ntjax.prepare import layout_of
-from ntjax.quantised import quantise_4bit
+from ntjax.quantised import in_words, quantise_4bit, quantise_8bit
 from ntjax.weights import FAR, NEAR
 from tests.cli.process import write_rows
 from tests.tiny import tiny_model
@@ -57,6 +58,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sft, accumulated": (SFT | {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}),
+    "sft, 4 bits, double": (SFT, lora() | {"load_in_4bit": True, "bnb_config": {"use_double_quant": True}}),
     "sft, 8 bits, dora": (SFT, lora(use_dora=True) | {"load_in_8bit": True}),
     "sft, pissa, embeddings": (SFT, lora(init_lora_weights="pissa", modules_to_save=["embed_tokens"])),
     "sft, a layer whole": (SFT, lora(target_modules=["q_proj"], modules_to_save=["0.mlp.up_proj"])),
@@ -153,14 +155,23 @@ def test_matrices_are_what_is_moved() -> None:
     near = {"blocks.attn_norm", "blocks.mlp_norm", "norm"}
     assert {path for path, kind in kinds.items() if kind != HOST} == near
     layer = np.asarray(params["blocks.mlp.up"][0])
-    four = jax.tree.map(lambda x: np.stack([x] * 6), quantise_4bit(layer, "nf4", True, layer.shape))
-    parts = vars(layout.put({"blocks.mlp.up": four}, specs)["blocks.mlp.up"])
-    far = {
-        name
-        for name, part in parts.items()
-        if isinstance(part, jax.Array) and part.sharding.memory_kind == HOST
-    }
-    assert far == {"codes", "absmax"}
+    for double, far in ((True, {"codes"}), (False, {"codes", "absmax"})):
+        node = layout.packed(quantise_4bit(layer, "nf4", double, layer.shape))
+        put = layout.put({"blocks.mlp.up": jax.tree.map(lambda x: np.stack([x] * 6), node)}, specs)
+        arrays = jax.tree_util.tree_leaves_with_path(put["blocks.mlp.up"])
+        assert {path[-1].name for path, x in arrays if x.sharding.memory_kind == HOST} == far
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_codes_in_words_are_the_same_codes(double: bool) -> None:
+    numbers = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    for node in (quantise_4bit(numbers, "nf4", double, numbers.shape), quantise_8bit(numbers, 1)):
+        words = in_words(node, 8)
+        assert (words.codes.dtype, words.shape) == (np.uint32, node.shape)
+        arrays = jax.tree.map(jnp.asarray, node)
+        np.testing.assert_array_equal(in_words(arrays, 8).codes, words.codes)
+        np.testing.assert_array_equal(words.dense(jnp.float32), node.dense(jnp.float32))
+    assert in_words(quantise_8bit(numbers[:, :16], 1), 8).codes.dtype == np.int8  # no four for each of eight
 
 
 def program(tmp_path: Path, **model: Any) -> Any:

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rewards_rise(stage: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     one = jax.devices()[:1]
-    monkeypatch.setattr("ntjax.prepare.make_mesh", lambda sizes, **_: make_mesh(devices=one))
+    monkeypatch.setattr("ntjax.prepare.make_mesh", lambda sizes, *_, **__: make_mesh(devices=one))
     config = {
         "task_name": stage["stage_type"],
         "base_output_dir": "out",

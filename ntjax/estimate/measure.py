@@ -121,9 +121,11 @@ def _by_kind(program: Program, total: int) -> dict[str, int]:
 
 
 def _total(memory: Any, target: Target) -> int:
-    """Bytes of main memory: what libtpu holds against its limit; elsewhere all buffers together."""
+    """Bytes of a device's memory: what libtpu holds against its limit; elsewhere all buffers together."""
     if target.platform == "tpu":
-        return memory.peak_memory_in_bytes
+        # libtpu counts arguments and results in the host's memory too.
+        far = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes
+        return memory.peak_memory_in_bytes - far + memory.host_alias_size_in_bytes
     buffers = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return buffers + memory.temp_size_in_bytes
 

@@ -59,6 +59,7 @@ def weights(config: Config, stage: StageConfig, model: Model, layout: Layout) ->
     )
     quantised = quantiser(settings, specs) is not None
     frozen = {path: _frozen(config, spec, quantised) for path, spec in specs.items()}
+    frozen = {path: jax.eval_shape(layout.packed, w) for path, w in frozen.items()}
     frozen = {p: w for p, w in frozen.items() if not (p in plan.whole and plan.whole[p].all())}
     plain = {path: Shape(spec.shape, settings.dtype) for path, spec in specs.items()}
     start = replace(plan, start=True) if plan.changes_base else plan  # PiSSA's shapes are LoRA's

@@ -1,12 +1,12 @@
 """What every decoder-only language model shares: embed, a scan over stacked blocks, norm, head, cache.
 
-Decoding takes the layers in stacks (`Model.stacks`): it loops over the layers of each, and their cache is carried along
-and written in place.
+Decoding loops over the layers too, with their cache carried along and written in place; on CPU it takes them one by one
+(`Model.parts`).
 
 A family is one file beside this one with a `Block` and a `from_hf`. Modules are abstract: they declare weights and
 never hold them. `Model` binds a flat dict of arrays to the modules inside a pure function.
 
-Axes: B batch, T time, P prompts, R rows that go on from them, S columns of a row's own cache, L layers of a stack,
+Axes: B batch, T time, P prompts, R rows that go on from them, S columns of a row's own cache, L layers,
 D embed, K key/value heads, h head_dim.
 """
 
@@ -70,7 +70,7 @@ class Cache:
     none. A column whose segment is 0 isn't seen.
     """
 
-    layers: tuple[Kept, ...]  # a stack of them each
+    layers: tuple[Kept, ...]  # one each, or all as one stack
     prompts: Tokens  # [P, T] each
     own: Tokens  # [R, S] each
     at: jax.Array  # [] int32
@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.norm.get_value(), config.eps), kept
 
     def decode(
-        self, stacks: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache
+        self, layers: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """The next token of every row: ids [R, 1] -> hidden states [R, 1, D]."""
         config = self.config
@@ -133,25 +133,25 @@ class Decoder(nnx.Module):
         own = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, at)), cache.own, tokens)
         context = Context(rotations(config.rope, tokens), tokens, before=(cache.prompts, own), at=at)
         written = []
-        for weights, kept in zip(stacks, cache.layers, strict=True):
+        for weights, kept in zip(layers, cache.layers, strict=True):
             x, kept = self._continued(x, weights, context, kept)
             written.append(kept)
         cache = Cache(tuple(written), cache.prompts, own, cache.at + 1)
         return rms_norm(x, self.norm.get_value(), config.eps), cache
 
-    def _continued(self, x: jax.Array, stack: Any, context: Context, kept: Kept) -> tuple[jax.Array, Kept]:
-        """x [R, 1, D] after a stack of layers, and their cache."""
+    def _continued(self, x: jax.Array, weights: Any, context: Context, kept: Kept) -> tuple[jax.Array, Kept]:
+        """x [R, 1, D] after a layer, or after a stack of them, and their cache."""
         graph, _ = nnx.split(self.blocks)
+        if not kept.stacked:
+            return nnx.merge(graph, weights)(x, context, kept)
 
         def layer(carry: tuple[jax.Array, Any], given: tuple[jax.Array, Any]) -> tuple[Any, None]:
             (x, own), (number, weights) = carry, given
             x, written = nnx.merge(graph, weights)(x, context, Kept(kept.prompt, own, number))
             return (x, written.own), None
 
-        count = len(kept.own[0])
-        unroll = 0 if count == 1 else 1  # 0: no loop
-        each = jnp.arange(count), stack
-        (x, own), _ = jax.lax.scan(layer, (x, kept.own), each, unroll=unroll)
+        each = jnp.arange(len(kept.own[0])), weights
+        (x, own), _ = jax.lax.scan(layer, (x, kept.own), each)
         return x, Kept(kept.prompt, own)
 
 
@@ -213,28 +213,27 @@ class Model:
         return self.layout.over_rows(scores, {name: params[name]}, self.specs, hidden, targets)
 
     def prefill(self, params: Params, ids: jax.Array, tokens: Tokens) -> tuple[jax.Array, list[Any]]:
-        """`hidden`, and the keys and values [L, B, K, T, h] of each stack."""
+        """`hidden`, and the keys and values of each of the `parts`: [B, K, T, h], or [L, B, K, T, h]."""
         with _on(self.layout):
             hidden, kept = self.bind(params)(ids, tokens, keep=True)
-        return hidden, self._in_stacks(kept)
+        return hidden, self._parted(kept)
 
     @property
-    def stacks(self) -> list[slice]:
-        """The layers as decoding takes them: all as one stack, which it loops over, or each by itself.
+    def parts(self) -> list[Any]:
+        """The layers as decoding takes them, as indices into their stack: all at once, or one by one.
 
-        The matmuls of TPUs and GPUs read a layer's weights where they are in a stack. CPU's want them copied out of it.
+        A TPU's matmuls read a layer's weights where they lie in a stack (a GPU's are taken to: not measured). For a
+        CPU's they would be copied out of it at every token.
         """
-        count, looped = self.config.layers, self.looped
-        if looped is None:
-            looped = _platform(self.layout) != "cpu"
-        return [slice(0, count)] if looped else [slice(n, n + 1) for n in range(count)]
+        looped = _platform(self.layout) != "cpu" if self.looped is None else self.looped
+        return [slice(None)] if looped else list(range(self.config.layers))
 
-    def _in_stacks(self, tree: Any) -> list[Any]:
-        return [jax.tree.map(lambda x, part=part: x[part], tree) for part in self.stacks]
+    def _parted(self, stack: Any) -> list[Any]:
+        return [jax.tree.map(lambda x, part=part: x[part], stack) for part in self.parts]
 
     def layers(self, params: Params) -> list[Any]:
-        """The weights of each stack, for `decode`: what is copied is copied once, not at every token."""
-        return self._in_stacks(nnx.split(self.bind(params).blocks)[1])
+        """The weights of each of the `parts`, for `decode`: what is copied is copied once, not at every token."""
+        return self._parted(nnx.split(self.bind(params).blocks)[1])
 
     def decode(
         self, params: Params, layers: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache
@@ -260,14 +259,14 @@ class Model:
         """An empty cache of `prompts`, and of `rows`, a whole number of them a prompt, of up to `columns` tokens."""
         config = self.config
 
-        def empty(stack: slice, count: int, time: int) -> tuple[jax.Array, jax.Array]:
-            shape = (stack.stop - stack.start, count, config.kv_heads, time, config.head_dim)
+        def empty(count: int, time: int) -> tuple[jax.Array, jax.Array]:
+            shape = (config.layers, count, config.kv_heads, time, config.head_dim)
             return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
         def nowhere(*shape: int) -> Tokens:
             return Tokens(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
 
-        layers = (Kept(empty(s, prompts, prompt_time), empty(s, rows, columns)) for s in self.stacks)
+        layers = self._parted(Kept(empty(prompts, prompt_time), empty(rows, columns)))
         places = nowhere(prompts, prompt_time), nowhere(rows, columns)
         return Cache(tuple(layers), *places, jnp.zeros((), jnp.int32))
 

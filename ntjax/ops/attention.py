@@ -78,21 +78,32 @@ def across(keys: Tokens, k: jax.Array, v: jax.Array) -> tuple[Tokens, jax.Array,
 
 
 class Kept(NamedTuple):
-    """Keys and values of a stack of L layers, of which `layer` is meant: of prompts [L, P, K, T, h] each, shared by the
-    rows that go on from them, and of what those R rows wrote [L, R, K, S, h]; the rows of a prompt are neighbours."""
+    """Keys and values of a layer: of prompts [P, K, T, h] each, shared by the rows that go on from them, and of what
+    those R rows wrote [R, K, S, h]; the rows of a prompt are neighbours. Or those of a stack of layers [L, ...], of
+    which `layer` is meant."""
 
     prompt: tuple[jax.Array, jax.Array]
     own: tuple[jax.Array, jax.Array]
-    layer: Any = None  # [] int32
+    layer: jax.Array | None = None  # [] int32
+
+    @property
+    def stacked(self) -> bool:
+        """Whether they are of a stack."""
+        return self.own[0].ndim == 5
 
     def written(self, new: tuple[jax.Array, jax.Array], at: jax.Array) -> Kept:
         """With every row's next key and value, [R, K, 1, h] each, in column `at` of the layer."""
-        place = (self.layer, 0, 0, at, 0)
-        own = (jax.lax.dynamic_update_slice(x, y[None], place) for x, y in zip(self.own, new, strict=True))
-        return Kept(self.prompt, tuple(own), self.layer)  # type: ignore[arg-type]
+        lead = () if self.layer is None else (self.layer,)
+        k, v = (
+            jax.lax.dynamic_update_slice(x, y.reshape(*(1 for _ in lead), *y.shape), (*lead, 0, 0, at, 0))
+            for x, y in zip(self.own, new, strict=True)
+        )
+        return self._replace(own=(k, v))
 
     def of_layer(self) -> Kept:
-        """The layer's own, without the axis L."""
+        """The layer's alone."""
+        if self.layer is None:
+            return self
         pick = partial(jax.lax.dynamic_index_in_dim, index=self.layer, keepdims=False)
         return Kept(*jax.tree.map(pick, (self.prompt, self.own)))
 

@@ -36,17 +36,19 @@ def test_eight_devices_lose_what_one_does_and_one_takes_over(
 def test_a_deepspeed_file_sets_the_mesh_and_offloads(
     place: Path, ntjax: Callable[..., Result], config: Callable[..., Path], latest: Callable[[str], Path]
 ) -> None:
-    """The optimizer's state in the host's memory changes no number, and is saved and restored like any other."""
-    said = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "steps_per_print": 9}
-    (place / "ds.json").write_text(json.dumps(said))
+    """What lies in the host's memory changes no number, and is saved and restored like any other."""
+    cpu = {"device": "cpu"}
+    zero = {"stage": 3, "offload_optimizer": cpu, "offload_param": cpu}
+    (place / "ds.json").write_text(json.dumps({"zero_optimization": zero, "steps_per_print": 9}))
     plain, offloaded = (config(task, per_device_train_batch_size=1) for task in ("ds-plain", "ds-offloaded"))
-    alone = ntjax("train", "--config", plain, "mesh.zero_stage=2", env=devices(4))
+    alone = ntjax("train", "--config", plain, "mesh.zero_stage=3", env=devices(4))
     assert alone.code == 0, alone.err
     command = "train", "--config", offloaded, "--deepspeed", "ds.json"
     ended = ntjax(*command, env=devices(4))
     assert ended.code == 0, ended.err
     assert "without a counterpart here, and not read: steps_per_print" in ended.out
     assert "optimizer's state in the host's memory" in ended.out
+    assert "fsdp 4, ZeRO 3, weights in the host's memory" in ended.out
     stages = latest("ds-plain") / "sft_stage", latest("ds-offloaded") / "sft_stage"
     assert losses(stages[1]) == losses(stages[0])
 
