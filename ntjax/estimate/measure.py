@@ -94,7 +94,7 @@ def estimate(programs: Programs, program: Program, target: Target) -> Estimate:
     )
     if chip is None:
         return found
-    skips = programs.model().config.attention in ("splash", "cudnn")
+    skips = programs.model.config.attention in ("splash", "cudnn")
     dtype = programs.config.compute_dtype(programs.stage)
     spent = times(work, found.moved, found.collectives, chip, layout.mesh, dtype, skips)
     peak = chip.fp32 if dtype == "float32" else chip.flops
@@ -134,7 +134,7 @@ def _workspace(programs: Programs) -> int:
     """Bytes in which cuDNN sums the gradient of queries, in fp32, which a compiler without a GPU doesn't know of."""
     from ntjax.ops.cudnn import SLOTS
 
-    stage, config, mesh = programs.stage, programs.model().config, programs.layout.mesh
+    stage, config, mesh = programs.stage, programs.model.config, programs.layout.mesh
     rows = stage.per_device_train_batch_size
     if isinstance(stage, RolloutConfig):
         rows = stage.geometry(programs.layout.rows).rows // programs.layout.rows

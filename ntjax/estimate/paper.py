@@ -50,7 +50,7 @@ class Sheet:
         every = list(programs)
         sizes = [sum(one.held.values()) + sum(one.beside.values()) for one in every]
         decode = [one.calls * sum(one.held.values()) for one in every if one.name == "decode"]
-        specs, layout = programs.model().specs, programs.layout
+        specs, layout = programs.model.specs, programs.layout
         count = float(sum(math.prod(spec.shape) for spec in specs.values()))
         return cls(
             programs,
@@ -69,7 +69,7 @@ class Sheet:
 
     @property
     def model(self) -> DecoderConfig:
-        return self.programs.model().config
+        return self.programs.model.config
 
     def along(self, axis: str) -> int:
         """Devices along an axis of the mesh."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -75,7 +75,7 @@ class Programs:
 
     def __iter__(self) -> Iterator[Program]:
         """All that the stage runs, the step that trains first."""
-        model = self.model()
+        model = self.model
         weights = shapes.weights(self.config, self.stage, model, self.layout)
         train = self.train(model, weights)
         yield train
@@ -86,6 +86,7 @@ class Programs:
             if self.stage.reward_model_path is not None:
                 yield self._rewarding(self.stage, around)
 
+    @cached_property
     def model(self) -> Model:
         """The stage's own."""
         config, stage, layout = self.config, self.stage, self.layout

@@ -100,7 +100,7 @@ def _tpus(name: str, chip: str, shape: str, where: str) -> Sequence[Any]:
             platform="tpu",
             topology_name=f"{chip}:{shape}",
             chips_per_host_bounds=[*host, *[1] * (3 - len(host))],
-            **({"num_slices": 1}),
+            num_slices=1,
         )
     except Exception as error:  # what jax raises differs between its versions
         raise ConfigError(

@@ -54,7 +54,7 @@ def counted(one: Programs, *, remat: bool = False) -> Flops:
 def test_a_step_takes_six_flops_a_weight_and_token(mesh: dict[str, int], tmp_path: Path) -> None:
     """6 N of the matrices in the layers and the head, and 12 L T D of attention, a token (arXiv:2204.02311, app. B)."""
     one = programs(tmp_path, mesh)
-    specs = one.model().specs
+    specs = one.model.specs
     matrices = sum(np.prod(s.shape) for path, s in specs.items() if "blocks" in path and s.inputs) + 512 * 128
     tokens = 2 * TIME * one.layout.rows / one.layout.mesh.size
     found = counted(one)

@@ -95,11 +95,11 @@ def test_weights_and_optimizer(kind: str, mesh: dict[str, Any], folder: Path) ->
     setup = prepare(Job(config, config.stages[0], folder / "model", folder / "out" / "stage"))
     policy = trainer.start(setup)
     made = programs(config)
-    weights = shapes.weights(config, made.stage, made.model(), made.layout)
+    weights = shapes.weights(config, made.stage, made.model, made.layout)
     assert told(weights.frozen) == told(policy.frozen)
     assert told(weights.trainable) == told(made.layout.put(policy.trainable, policy.specs))
     assert weights.specs == policy.specs
-    state = made.train(made.model(), weights).arguments[0]
+    state = made.train(made.model, weights).arguments[0]
     held = sum(shapes.held(tree) for tree in (weights.trainable, weights.frozen))
     train = next(iter(made))
     assert train.held == {"weights": held, "optimizer": shapes.held(state.opt_state)}
