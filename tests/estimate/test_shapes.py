@@ -14,7 +14,10 @@ import pytest
 from ntjax import trainer
 from ntjax.config import load_config
 from ntjax.estimate import shapes
+from ntjax.estimate.chips import CHIPS
+from ntjax.estimate.paper import shortage
 from ntjax.estimate.programs import Programs
+from ntjax.estimate.target import Target
 from ntjax.hf.files import read_config
 from ntjax.pipeline import run
 from ntjax.prepare import Job, layout_of, prepare
@@ -151,3 +154,12 @@ def test_what_lies_beside_a_program_is_told(folder: Path) -> None:
     lora = {one.name: one for one in programs(config_of(folder, "dpo", LORA, {"zero_stage": 3}))}
     assert lora["train"].beside == {}
     assert set(lora["reference"].held) == {"weights"}
+
+
+@pytest.mark.parametrize("model", ["full", "dora on nf4"])
+@pytest.mark.parametrize("kind", STAGES)
+def test_every_stage_can_be_planned_on_paper(kind: str, model: str, folder: Path) -> None:
+    one = programs(config_of(folder, kind, {**MODELS[model], "attention": "blocked"}, {"zero_stage": 3}))
+    for memory, short in ((1e3, True), (1e15, False)):
+        chip = replace(CHIPS["h100"], memory=memory)
+        assert (shortage(one, Target("small", jax.devices(), chip)) is not None) == short
