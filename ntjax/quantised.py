@@ -73,8 +73,10 @@ class FourBit:
 
     def dense(self, dtype: Any) -> jax.Array:
         """[.., *matrix], computed in fp32. Under jit all of it is one loop that writes the result alone."""
-        codes = _bytes(self.codes, jnp.uint8)[..., None] >> np.array([4, 0], np.uint8) & 15
-        values = _selected(codes, TABLES[self.kind]) * self._absmax()[..., None, None]
+        # An axis of two would be the last one, which TPUs fill up to 128 numbers.
+        pairs = jnp.repeat(_bytes(self.codes, jnp.uint8), 2, axis=-1)
+        codes = pairs >> np.tile(np.array([4, 0], np.uint8), BLOCK // 2) & 15
+        values = _selected(codes, TABLES[self.kind]) * self._absmax()[..., None]
         flat = values.astype(dtype).reshape(*self.absmax.shape[:-1], -1)
         return flat[..., : math.prod(self.matrix)].reshape(self.shape)
 
