@@ -38,10 +38,7 @@ class Weights:
 
     def model(self) -> Params:
         """The model's own, in which there may be adapters."""
-        return jax.eval_shape(lambda frozen, trainable: self.join(frozen, trainable, None), *self._parts())
-
-    def _parts(self) -> tuple[Params, Params]:
-        return self.frozen, self.trainable
+        return jax.eval_shape(lambda a, b: self.join(a, b, None), self.frozen, self.trainable)
 
 
 def weights(config: Config, stage: StageConfig, model: Model, layout: Layout) -> Weights:
