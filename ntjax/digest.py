@@ -22,9 +22,16 @@ GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio: scatters consecutive indices
 
 
 def digests(arrays: dict[str, jax.Array]) -> dict[str, Digest]:
-    """The digest of every array, fetched in one go; arrays may be donated as soon as this returns."""
-    sums = jax.device_get({name: _sums(_on_device(x)) for name, x in arrays.items()})
-    return {name: (int(first), int(second)) for name, (first, second) in sums.items()}
+    """The digest of every array; arrays may be donated as soon as this returns.
+
+    One is waited for before the next is asked for: sums of many programs at once can wait for each other for ever
+    where the devices are a CPU's, and an array that lies in the host's memory is on the devices for its own time.
+    """
+    found = {}
+    for name, array in arrays.items():
+        first, second = jax.device_get(_sums(_on_device(array)))
+        found[name] = int(first), int(second)
+    return found
 
 
 def _on_device(x: jax.Array) -> jax.Array:

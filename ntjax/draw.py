@@ -19,8 +19,8 @@ class Sampling:
     """How completions are drawn. Temperature 0 takes the likeliest; top_k 0, top_p 1, min_p 0 and
     repetition_penalty 1 change nothing.
 
-    A completion ends with one of `stop_ids`, with the token that completes one of `stop_strings`, or after
-    `max_new_tokens`.
+    Tokens that are `never` drawn aren't. A completion ends with one of `stop_ids`, with the token that completes one
+    of `stop_strings`, or after `max_new_tokens`.
     """
 
     max_new_tokens: int = 128
@@ -31,6 +31,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    never: tuple[int, ...] = ()
 
 
 class Token(NamedTuple):
@@ -48,6 +49,8 @@ def draw(logits: jax.Array, uniform: jax.Array, sampling: Sampling, seen: jax.Ar
         scaled = kept = logits * scale
     else:
         scaled, kept = logits * scale, penalised(logits, seen, sampling.repetition_penalty) * scale
+    if sampling.never:
+        kept = kept.at[:, jnp.array(sampling.never)].set(-jnp.inf)
     top = scaled.max(axis=-1, keepdims=True)
     exps = jnp.exp(scaled - top)
     if sampling.temperature == 0:

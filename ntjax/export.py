@@ -56,7 +56,8 @@ def export(
     An adapter is merged; what is returned says so. With `merge` there must be one.
     """
     from ntjax.hf.folder import save_flax, save_params
-    from ntjax.hf.tokenizer import load_tokenizer, pad_id, save_generation_config, save_tokenizer
+    from ntjax.hf.processor import load_words, save_words
+    from ntjax.hf.tokenizer import pad_id, save_generation_config
 
     stage = _Saved(folder, step)
     if merge:
@@ -64,11 +65,12 @@ def export(
     params = stage.params()
     # The tokenizer is the one the stage started with; a finished stage has a copy of its own.
     source = folder if (folder / "tokenizer_config.json").exists() else stage.source
-    tokenizer = load_tokenizer(source)
+    pixels = {"min_pixels": stage.settings.image_min_pixels, "max_pixels": stage.settings.image_max_pixels}
+    tokenizer, vision = load_words(source, stage.model.hf, **pixels)
     out.mkdir(parents=True, exist_ok=True)
     save = save_flax if flax else save_params
     save(out, params, stage.model.specs, dtype=dtype, config=stage.model.exported(pad_id(tokenizer)))
-    save_tokenizer(tokenizer, out)
+    save_words(tokenizer, vision, out)
     if not stage.model.config.labels:
         save_generation_config(out, source, tokenizer)
     return stage.how
@@ -107,12 +109,14 @@ class _Saved:
 
     def policy(self) -> Policy:
         """The weights as they were before the stage's first step."""
+        from ntjax.parts import frozen
         from ntjax.policy import adapters, load_policy
 
         self.require_source("its weights")
         folder = Path(self.meta["adapter"]) if self.meta["adapter"] else None
-        plan, adapter = adapters(self.settings, self.model.specs, folder)
-        how = {"plan": plan, "adapter": adapter, "seed": self.meta["seed"]}
+        still = frozen(self.meta["settings"].get("freeze", ()), self.model.specs)
+        plan, adapter = adapters(self.settings, self.model.specs, folder, frozen=still)
+        how = {"plan": plan, "adapter": adapter, "seed": self.meta["seed"], "frozen": still}
         return load_policy(self.source, self.model, self.settings, **how)
 
     def params(self) -> Params:
@@ -120,11 +124,12 @@ class _Saved:
         from ntjax.policy import is_quantised
 
         self.require_source("its tokenizer")
-        if not self.settings.use_lora:
+        if self.trainable.keys() == self.model.specs.keys():
             return self.trainable
         policy = self.policy()
         quantised = any(is_quantised(w) for w in policy.frozen.values())
-        self.how = f", the adapter merged{' into the dequantised weights' if quantised else ''}"
+        if policy.plan is not None:
+            self.how = f", the adapter merged{' into the dequantised weights' if quantised else ''}"
         return policy.join(policy.frozen, self.trainable, None)
 
     def save_adapter(self, out: Path) -> None:

@@ -7,12 +7,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ntjax import errors
 from ntjax.errors import BadData, ConfigError, InputMissing
 
-BATCH, SLOTS = 64, 8  # prompts of a file that are taken at once, completions that are decoded together
+BATCH = 64  # prompts of a file that are taken at once
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,9 +23,14 @@ def main(argv: Sequence[str]) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt: a user's turn if the model has a chat template")
     source.add_argument(
-        "--prompts", metavar="FILE.jsonl", help='rows with "prompt" (text or messages) or "messages"'
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='rows with "prompt" (text or messages) or "messages", and "images" beside the file',
     )
     source.add_argument("--chat", action="store_true", help="talk to it; an empty line or Ctrl-D ends")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="shown with the (first) prompt"
+    )
     parser.add_argument(
         "--raw", action="store_true", help="complete the text as it is, without the chat template"
     )
@@ -61,65 +66,61 @@ def main(argv: Sequence[str]) -> None:
             where="command line",
             fix="at least one token; temperature and top-k from 0; top-p above 0, at most 1; min-p from 0 to 1",
         )
+    for image in args.image:
+        if not Path(image).is_file():
+            raise InputMissing(f"there is no file {image}", where="--image")
+    args.image = [str(Path(image).absolute()) for image in args.image]
     speaker = Speaker(args)
     if args.chat:
         speaker.chat()
         return
-    prompts = [args.prompt] if args.prompt is not None else list(_read_prompts(Path(args.prompts)))
-    for start in range(0, len(prompts), BATCH):
-        speaker.answer(prompts[start : start + BATCH], start)
+    if args.prompt is None:
+        asked = list(_read_prompts(Path(args.prompts)))
+    else:
+        asked = [Asked(args.prompt, args.image, "--prompt")]
+    for start in range(0, len(asked), BATCH):
+        speaker.answer(asked[start : start + BATCH], start)
+
+
+class Asked(NamedTuple):
+    """Text or messages, the images that go with it, and where it was asked."""
+
+    said: Any
+    images: Sequence[Any] = ()
+    where: str = "prompt"
 
 
 class Speaker:
     """A loaded model and how to draw from it."""
 
     def __init__(self, args: argparse.Namespace):
-        import jax
+        from ntjax.api import load
 
-        from ntjax.hf.files import read_config
-        from ntjax.hf.folder import load_params
-        from ntjax.hf.hub import locate
-        from ntjax.hf.peft import load_adapter
-        from ntjax.hf.tokenizer import load_tokenizer, stop_ids
-        from ntjax.models import build
-        from ntjax.sampler import Sampler, Sampling
+        self.args, self.model = args, load(args.model, adapter=args.adapter, dtype=args.dtype)
+        if args.image and self.model.vision is None:
+            raise ConfigError(f"{self.model.folder} sees no images", where="--image", fix="leave it out")
+        self.drawn: dict[str, Any] = {
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
+            "min_p": args.min_p,
+            "repetition_penalty": args.repetition_penalty,
+            "stop_strings": tuple(args.stop),
+        }
 
-        folder = locate(args.model)
-        self.args = args
-        self.model = build(read_config(folder), dtype=args.dtype, attention="auto")
-        self.tokenizer: Any = load_tokenizer(folder)
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        self.params = load_params(
-            folder, self.model.specs, dtype=args.dtype, sharding=lambda path, shapes: place
-        )
-        if args.adapter:
-            plan, adapter = load_adapter(locate(args.adapter), self.model.specs)
-            self.params = plan.join(self.params, adapter)
-        sampling = Sampling(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            stop_ids=tuple(stop_ids(folder, self.tokenizer)),
-            stop_strings=tuple(args.stop),
-        )
-        self.sampler = Sampler(self.model, sampling, slots=SLOTS, tokenizer=self.tokenizer)
+    def complete(self, asked: Sequence[Asked], first_row: int = 0) -> list[Any]:
+        """Completions of prompts, the first of them row `first_row` of a file."""
+        group, raw = self.args.num_completions, self.args.raw
+        prompts = [self.model.prompt(one.said, list(one.images), raw=raw, where=one.where) for one in asked]
+        numbered = {"num_completions": group, "seed": self.args.seed, "first_row": first_row * group}
+        return self.model.complete(prompts, **numbered, **self.drawn)
 
-    def complete(self, prompts: Sequence[Any], first_row: int = 0) -> list[Any]:
-        """Completions of prompts, each text or messages, the first of them row `first_row` of a file."""
-        from ntjax.data.prompts import Prompt
-
-        group = self.args.num_completions
-        drawing = {"group": group, "seed": self.args.seed, "first_row": first_row * group}
-        return self.sampler(self.params, [Prompt(self._tokens(prompt)) for prompt in prompts], **drawing)
-
-    def answer(self, prompts: Sequence[Any], first_row: int) -> None:
+    def answer(self, asked: Sequence[Asked], first_row: int) -> None:
         """Prints the completion of each prompt."""
-        each = [prompt for prompt in prompts for _ in range(self.args.num_completions)]
-        for prompt, completion in zip(each, self.complete(prompts, first_row), strict=True):
-            text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        each = [one.said for one in asked for _ in range(self.args.num_completions)]
+        for prompt, completion in zip(each, self.complete(asked, first_row), strict=True):
+            text = self.model.text(completion)
             if self.args.json:
                 row = {"prompt": prompt, "completion": text, **vars(completion)}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
@@ -137,32 +138,25 @@ class Speaker:
             if not said:
                 return
             turns.append({"role": "user", "content": said})
-            text = self.tokenizer.decode(self.complete([turns])[0].tokens, skip_special_tokens=True)
+            (completion,) = self.complete([Asked(turns, self.args.image, "--chat")])[:1]
+            text = self.model.text(completion)
             turns.append({"role": "assistant", "content": text})
             print(text, flush=True)
 
-    def _tokens(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            if self.args.raw or self.tokenizer.chat_template is None:
-                ids = self.tokenizer(prompt)["input_ids"]
-                if not ids:
-                    raise BadData(
-                        "an empty prompt has no token to go on from", fix="give at least one character"
-                    )
-                return ids
-            prompt = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
 
+def _read_prompts(path: Path) -> Iterator[Asked]:
+    from ntjax.data.placeholders import with_paths
 
-def _read_prompts(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise InputMissing(f"there is no file {path}", where="--prompts")
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            yield row["prompt"] if "prompt" in row else row["messages"]
+            row = with_paths(json.loads(line), path.parent.absolute(), None)
+            images = row.get("images", row.get("image")) or []
+            images = images if isinstance(images, list) else [images]
+            yield Asked(row["prompt"] if "prompt" in row else row["messages"], images, f"{path}:{number}")
         except (json.JSONDecodeError, TypeError, KeyError):
             raise BadData(
                 f"not a row with a prompt: {line[:60]}",

@@ -32,8 +32,20 @@ def main(argv: Sequence[str]) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="SRC", help="a folder, a GGUF file, or org/name on the hub")
+    add(
+        "--vision",
+        metavar="TOWER",
+        help="make a LLaVA: a CLIP's, SigLIP's or LLaVA's folder, or a tower's config.json",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="where SRC is a config.json: random weights, and this tokenizer",
+    )
     add("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
     add("--dtype", choices=DTYPES, help="default: as it is; bfloat16 for a quantised GGUF file")
+    add("--seed", type=int, default=0, help="of weights that are drawn")
     add("--cache-dir", type=Path, metavar="DIR", help="for downloads; default: Hugging Face's")
     add("--debug", action="store_true", help="show a traceback with an error")
     options = parser.parse_args(argv)
@@ -42,7 +54,36 @@ def main(argv: Sequence[str]) -> None:
 
     if options.out.exists() and any(options.out.iterdir()):
         raise ConfigError(f"--out {options.out} isn't empty", fix="name a new folder")
-    convert(locate(options.model, cache_dir=options.cache_dir), options.out, options.dtype)
+    source, dtype = locate(options.model, cache_dir=options.cache_dir), options.dtype
+    if options.tokenizer and source.suffix != ".json":
+        raise ConfigError(
+            f"{source} has a tokenizer of its own",
+            where="--tokenizer",
+            fix="leave it out, or name a config.json",
+        )
+    if options.vision or source.suffix == ".json":
+        make(source, options)
+        return
+    convert(source, options.out, dtype)
+
+
+def make(source: Path, options: argparse.Namespace) -> None:
+    """Writes a model that wasn't there: one of random weights, or a LLaVA of a language model and a tower."""
+    from ntjax.hf.graft import fresh, graft
+    from ntjax.hf.hub import locate
+
+    dtype = options.dtype or "float32"
+    if source.suffix == ".json":
+        if options.tokenizer is None:
+            raise ConfigError(
+                "a config.json has no tokenizer", where="--tokenizer", fix="name a folder with one"
+            )
+        if options.vision:
+            raise ConfigError("a config.json has no weights", where="--vision", fix="make its folder first")
+        fresh(source, options.tokenizer, options.out, dtype, options.seed)
+    else:
+        graft(source, locate(options.vision, cache_dir=options.cache_dir), options.out, dtype, options.seed)
+    print(f"{options.out}: a new model, {dtype}")
 
 
 def convert(path: Path, out: Path, dtype: str | None) -> None:
@@ -53,6 +94,7 @@ def convert(path: Path, out: Path, dtype: str | None) -> None:
     from ntjax.hf.files import exported_config, read_config, to_json
     from ntjax.hf.folder import open_weights
     from ntjax.hf.gguf_file import GGUF
+    from ntjax.hf.names import in_file
     from ntjax.hf.shards import write_safetensors
 
     source = open_weights(path)
@@ -65,7 +107,10 @@ def convert(path: Path, out: Path, dtype: str | None) -> None:
         size[layout.dtype.name] += layout.nbytes
     main_dtype = size.most_common(1)[0][0]
     extra = {"config.json": to_json(exported_config(config, main_dtype))}
-    write_safetensors(out, layouts, _reader(source, layouts), extra=extra)
+    files = {in_file(name, config.get("model_type")): name for name in layouts}
+    read = _reader(source, layouts)
+    placed = {file: layouts[name] for file, name in files.items()}
+    write_safetensors(out, placed, lambda file: read(files[file]), extra=extra)
     _side_files(source, out)
     count = sum(layout.nbytes // layout.dtype.itemsize for layout in layouts.values())
     print(f"{out}: {len(layouts)} tensors, {count:,} parameters, {main_dtype}, {size.total() / 1e9:.2f} GB")

@@ -1,10 +1,11 @@
 """All that judges completions: functions in worker processes, models on the devices, and the cost of length.
 
-Axes: N completions, F rewards.
+Axes: N completions, F rewards; P prompts, K completions of each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,17 @@ class Verdict:
         each[: len(weights or ())] = weights or ()
         unjudged = np.isnan(self.scores).all(axis=1)
         return np.where(unjudged, np.nan, np.nansum(self.scores * each, axis=1))
+
+    def right(self, group: int, threshold: float) -> Metrics:
+        """Of each reward the share of completions that reach the threshold, and pass@k for one and for all `group` of a
+        prompt."""
+        scores, found = self.scores.reshape(-1, group, len(self.labels)), {}
+        for number, label in enumerate(self.labels):
+            told = scored(scores[:, :, number], threshold, sorted({1, group}))
+            for name in told.keys() - {"mean", "std"}:
+                if (value := told[name]) is not None:
+                    found[f"rewards/{label}/{name}"] = Mean(value, 1.0)
+        return found
 
     def picked(self, rows: Sequence[int]) -> Verdict:
         """That on some of the completions."""
@@ -163,6 +175,28 @@ class Judge:
             self.functions.load_state(state)
 
 
+def scored(scores: np.ndarray, threshold: float, pass_at: Sequence[int]) -> dict[str, float | None]:
+    """What is told of one reward's scores [P, K], NaN where it abstained; None where nothing was judged."""
+    judged = ~np.isnan(scores)
+    right = judged & (np.nan_to_num(scores) >= threshold)
+    told = {"mean": mean(scores), "std": float(np.nanstd(scores)) if judged.any() else None}
+    told["accuracy"] = mean(np.where(judged, right, np.nan))
+    return told | {f"pass@{k}": passes(right.sum(axis=1), judged.sum(axis=1), k) for k in pass_at}
+
+
+def passes(right: np.ndarray, drawn: np.ndarray, k: int) -> float | None:
+    """The chance that one of k completions is right, estimated without bias from `right` [P] of `drawn` [P] that are
+    (arXiv:2107.03374, eq. 1): the mean over prompts of which k or more were judged, None if there are none."""
+    pairs = zip(right.tolist(), drawn.tolist(), strict=True)
+    found = [1 - math.comb(n - c, k) / math.comb(n, k) for c, n in pairs if n >= k]
+    return float(np.mean(found)) if found else None
+
+
+def mean(values: np.ndarray) -> float | None:
+    """Of those that are numbers; None if there are none."""
+    return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
 def _agreed(scores: np.ndarray) -> np.ndarray:
     """The first process's scores on all of them: functions run there alone."""
     if jax.process_count() == 1:
@@ -188,7 +222,7 @@ def open_judge(job: Job, prompts: Prompts, layout: Layout, rows: int) -> Judge:
             functions.append(name)
             continue
         dtype = config.compute_dtype(stage)
-        models.append(Scorer(folder, layout=layout, rows=rows, dtype=dtype, attention=config.attention))
+        models.append(Scorer(folder, layout=layout, rows=rows, dtype=dtype, attention=config.model.attention))
     rewards = None
     if functions:
         rewards = Rewards(

@@ -73,12 +73,13 @@ class Layout:
     @cached_property
     def ring(self) -> int:
         """How many devices along `fsdp` gather first (`weights.Parted`): the neighbours along a dimension of a TPU's
-        slice of three, where all at once would be compiled to sums over all devices, which send twice as much."""
+        slice of two or three, where all at once would be compiled to sums over all devices, which send twice as
+        much."""
         devices, count = self.mesh.devices.flat, self.mesh.shape[FSDP]
         if devices[0].platform != "tpu" or count < self.mesh.size:
             return 1
         extents = [len(set(along)) for along in zip(*(device.coords for device in devices), strict=True)]
-        if min(extents) == 1:
+        if sum(extent > 1 for extent in extents) < 2:
             return 1
         ring = next(
             n for n, a, b in zip(extents, devices[0].coords, devices[1].coords, strict=True) if a != b
@@ -117,7 +118,7 @@ class Layout:
         return PartitionSpec(*self._axes(spec, parted))
 
     def _axes(self, spec: Spec, parted: bool) -> list[str | None]:
-        return self._named(spec.names, _is_matrix(spec.torch_shape) and parted)
+        return self._named(spec.names, _is_matrix(spec) and parted)
 
     def _named(self, names: tuple[str, ...], parted: bool) -> list[str | None]:
         """The mesh axis of each named one: each is used once, and only if it has more than one device."""
@@ -180,9 +181,11 @@ class Layout:
         return {path: _moved(place, _far(specs[path], params[path])) for path, place in places.items()}
 
     def packed(self, w: Any) -> Any:
-        """A weight as it is held: the codes of an offloaded quantised one in words. XLA tiles bytes in other ways in
-        the host's memory than where it computes, and would fetch all layers' to tile those of one anew."""
-        return in_words(w, self.mesh.size) if self.offload else w
+        """A weight as it is held: the codes of a quantised one in words, where they are offloaded or on TPUs. XLA tiles
+        bytes in one way in the host's memory or in one loop and in another where it computes, and would form all
+        layers' anew, four times as large, to tile those of one."""
+        tpu = self.mesh.devices.flat[0].platform == "tpu"
+        return in_words(w, self.mesh.size) if tpu or self.offload else w
 
     def put(self, params: Params, specs: Specs) -> Params:
         """The weights, as they are held between steps."""
@@ -190,7 +193,8 @@ class Layout:
 
     def of_state(self, state: Any, specs: Specs) -> Any:
         """The shardings of an optimizer's state, whose arrays are like the weights they are kept for, or like
-        a stack of the Hugging Face tensors those are made of."""
+        a stack of the Hugging Face tensors those are made of. What is kept of blocks (`ntjax.moments`) is split by
+        blocks, where the devices share them evenly."""
 
         def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
             keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -198,9 +202,13 @@ class Layout:
             axes: list[str | None] = []
             if spec is not None and leaf.shape == spec.shape:
                 axes = self._axes(spec, self.zero >= 1)
-            elif spec is not None and leaf.shape[1:] == spec.torch_shape and _is_matrix(spec.torch_shape):
+            elif spec is not None and leaf.shape[1:] == spec.matrix and _is_matrix(spec):
                 stored = dict(zip(spec.names, self._axes(spec, self.zero >= 1), strict=True))
                 axes = [None, stored[spec.outputs[0]], stored[spec.inputs[0]]]
+            elif spec is not None and getattr(path[-1], "name", "") == "absmax":
+                shared = self.zero >= 1 and FSDP in self._axes(spec, True)
+                even = leaf.shape[-1] % self.mesh.shape[FSDP] == 0
+                axes = [*[None] * (leaf.ndim - 1), FSDP if shared and even else None]
             return NamedSharding(self.mesh, PartitionSpec(*axes))
 
         return jax.tree_util.tree_map_with_path(place, state)
@@ -230,13 +238,17 @@ class Layout:
 
         return jax.jit(gather, out_shardings=self.shardings(params, specs, parted=False))(params)
 
-    def over_rows(self, function: Callable[..., Any], params: Params, specs: Specs, *arrays: Any) -> Any:
+    def over_rows(
+        self, function: Callable[..., Any], params: Params, specs: Specs, *arrays: Any, units: Any = None
+    ) -> Any:
         """`function(params, *arrays)`, each device on its own rows and tokens; arrays and results: [rows, time, ...].
 
-        Time is padded with zeros so that it can be split; weights come with their other parts to be fetched.
+        Time is padded with zeros so that it can be split; weights come with their other parts to be fetched. `units`
+        [groups of rows, ...], where there are any, are split as rows are and given by their name.
         """
+        given = {} if units is None else {"units": units}
         if not self.parallel:
-            return function(params, *arrays)
+            return function(params, *arrays, **given)
         time = jax.tree.leaves(arrays)[0].shape[1]
         short = -time % self.sequence
 
@@ -249,14 +261,14 @@ class Layout:
         rows = tuple(axis for axis in ROWS if axis in manual)
         split = PartitionSpec(rows or None, SEQUENCE if SEQUENCE in manual else None)
         run = jax.shard_map(
-            lambda params, *arrays: function(_with_own_keys(params, manual), *arrays),
+            lambda params, arrays, given: function(_with_own_keys(params, manual), *arrays, **given),
             mesh=self.mesh,
-            in_specs=(_by_hand(parted), *(split for _ in arrays)),
+            in_specs=(_by_hand(parted), split, PartitionSpec(rows or None)),
             out_specs=split,
             axis_names=set(manual),
             check_vma=False,
         )
-        found = run(parted, *jax.tree.map(padded, arrays))
+        found = run(parted, jax.tree.map(padded, arrays), given)
         return jax.tree.map(lambda x: x[:, :time], found) if short else found
 
     def _parted(self, spec: Spec, w: Any) -> Any:
@@ -322,7 +334,7 @@ def _far(spec: Spec, w: Any) -> Any:
     near = jax.tree.map(lambda _: False, w)
     if isinstance(w, Adapted):
         return near.replace(base=_far(spec, w.base))
-    far = _is_matrix(spec.torch_shape) and "rank" not in spec.names
+    far = _is_matrix(spec) and "rank" not in spec.names
     if isinstance(w, EightBit | FourBit):
         codes = far and w.codes.dtype == jnp.uint32
         if isinstance(w, EightBit):
@@ -336,9 +348,9 @@ def _moved(places: Any, far: Any) -> Any:
     return jax.tree.map(lambda place, far: place.with_memory_kind(HOST) if far else place, places, far)
 
 
-def _is_matrix(torch_shape: tuple[int, ...]) -> bool:
+def _is_matrix(spec: Spec) -> bool:
     """Vectors and single rows are not worth sharing out."""
-    return len(torch_shape) == 2 and min(torch_shape) > 1
+    return len(spec.matrix) == 2 and min(spec.matrix) > 1
 
 
 def _is_partition(x: Any) -> bool:

@@ -11,7 +11,7 @@ DoRA, "P.lora_magnitude_vector" [layers, *outputs]. A weight that is trained who
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntjax.errors import ConfigError
-from ntjax.params import Params, Spec, Specs, weight
+from ntjax.params import Params, Spec, Specs, unused, weight
 from ntjax.targets import Where, modules, rules
 from ntjax.weights import Adapted, dense, whole
 
@@ -117,23 +117,32 @@ class Plan:
         return params
 
 
-def plan(config: LoraConfig, specs: Specs, *, where: Where = lambda _: None, unmatched: bool = False) -> Plan:
-    """What `config` trains of the weights that `specs` declare; a `score` head is always trained whole.
+def plan(
+    config: LoraConfig,
+    specs: Specs,
+    *,
+    where: Where = lambda _: None,
+    unmatched: bool = False,
+    frozen: Collection[str] = (),
+) -> Plan:
+    """What `config` trains of the weights that `specs` declare, but for those at the paths `frozen` and those that
+    nothing reads; a `score` head is always trained whole.
 
     PEFT passes over a name, expression or layer that is nowhere in the model; here only with `unmatched`.
 
     Raises ConfigError: no linear layer is a target, a target isn't linear, something named is nowhere in the
     model, a tied head is to be trained by itself.
     """
-    found = rules(config, specs, where=where, unmatched=unmatched)
+    frozen = {*frozen, *unused(specs)}
+    found = rules(config, specs, where=where, unmatched=unmatched, frozen=frozen)
     ranks: dict[str, np.ndarray] = {}
     scales: dict[str, np.ndarray] = {}
     whole: dict[str, np.ndarray] = {}
-    for path, spec in specs.items():
+    for path, spec in ((path, spec) for path, spec in specs.items() if path not in frozen):
         rank, scale, trained = (np.zeros(_lead(spec), kind) for kind in (np.int32, np.float32, bool))
         for index, module in modules(spec):
             trained[index] = found.trains(spec, module)
-            if spec.inputs and found.adapts(module):
+            if spec.linear and found.adapts(module):
                 rank[index], scale[index] = found.rank(module), found.scale(module)
         if rank.any():
             ranks[path], scales[path] = rank, scale

@@ -1,7 +1,7 @@
 """Metrics are sums with counts, and a run's log of them is `metrics.jsonl`.
 
 Means add; averages of averages do not. A step returns `Metrics`, a `Window` adds them up between logging
-steps, and a `MetricsLog` writes the quotients, one JSON object a logging step, to TensorBoard and W&B too.
+steps, and a `MetricsLog` writes the quotients, one JSON object a logging step, to TensorBoard, W&B and Trackio too.
 A log that can't be written is warned about once and never ends a run.
 """
 
@@ -11,8 +11,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ FIRST_KEYS = (
     "trained_tokens_per_second",
     "step_time",
 )
+WANDB, TRACKIO = "Weights & Biases", "Trackio"
 log = logging.getLogger(__name__)
 _LOST = "%s can't be written, training goes on: %s: %s"
 
@@ -100,8 +103,8 @@ class Window:
 
 
 @dataclass(frozen=True)
-class WandbSettings:
-    """Where on Weights & Biases a stage is logged; a resumed run goes on under the same `run_id`."""
+class Tracked:
+    """As what a tracker knows a stage; a resumed run goes on under its `run_id` on W&B, under its `name` in Trackio."""
 
     project: str
     entity: str | None = None
@@ -115,12 +118,21 @@ class MetricsLog:
     nothing is kept."""
 
     def __init__(
-        self, folder: Path | None, *, tensorboard: Path | None = None, wandb: WandbSettings | None = None
+        self,
+        folder: Path | None,
+        *,
+        tensorboard: Path | None = None,
+        wandb: Tracked | None = None,
+        trackio: Tracked | None = None,
     ):
         self.folder, self.tensorboard = folder, tensorboard
         self._start = 0
         self._tensorboard: Any = None  # opened by the first write
-        self._wandb: Any = _start_wandb(wandb, folder) if wandb and folder else None
+        self._runs: dict[str, Any] = {}  # of trackers; None is one that can't be reached
+        if folder and wandb:
+            self._runs[WANDB] = _start_wandb(wandb, folder)
+        if folder and trackio:
+            self._runs[TRACKIO] = _start_trackio(trackio)
         self._warned: set[str] = set()
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -134,11 +146,9 @@ class MetricsLog:
     def write(self, record: Mapping[str, float | int]) -> None:
         """Logs one record; it has a `step`. Values that aren't finite are null in JSON, which has no NaN."""
         ordered = {key: record[key] for key in FIRST_KEYS if key in record} | dict(record)
-        sinks = {
-            LOG_NAME: self._append,
-            "TensorBoard": self._to_tensorboard,
-            "Weights & Biases": self._to_wandb,
-        }
+        sinks: dict[str, Callable[[dict[str, Any]], None]]
+        sinks = {LOG_NAME: self._append, "TensorBoard": self._to_tensorboard}
+        sinks |= {name: partial(SENT[name], run) for name, run in self._runs.items() if run is not None}
         for name, sink in sinks.items():
             try:
                 sink(ordered)
@@ -148,11 +158,12 @@ class MetricsLog:
                 self._warned.add(name)
 
     def close(self) -> None:
-        """Flushes and closes TensorBoard's and W&B's."""
+        """Flushes and closes TensorBoard's and the trackers'."""
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for run in self._runs.values():
+            if run is not None:
+                run.finish()
 
     def _append(self, record: dict[str, Any]) -> None:
         if self.folder is None:
@@ -179,23 +190,19 @@ class MetricsLog:
             self._tensorboard.add_scalar(tag, value, record["step"])
         self._tensorboard.flush()
 
-    def _to_wandb(self, record: dict[str, Any]) -> None:
-        if self._wandb is not None:
-            self._wandb.log({**tags(record), "train/global_step": record["step"]})
 
-
-def require_wandb(where: str | None = None) -> None:
-    """Raises `ConfigError` at the setting's place `where` unless wandb is installed."""
+def require_tracker(name: str, where: str | None = None) -> None:
+    """Raises `ConfigError` at the setting's place `where` unless the package `name`, wandb or trackio, is installed."""
     try:
-        import wandb  # noqa: F401
+        import_module(name)
     except ImportError as error:
-        fix = 'pip install "ntjax[wandb]"'
-        raise ConfigError("use_wandb is true, but wandb is not installed", where=where, fix=fix) from error
+        fix = f'pip install "ntjax[{name}]"'
+        raise ConfigError(f"use_{name} is true, but {name} is not installed", where=where, fix=fix) from error
 
 
-def _start_wandb(settings: WandbSettings, folder: Path) -> Any:
+def _start_wandb(settings: Tracked, folder: Path) -> Any:
     """A run on W&B, or None with a warning if it can't be reached."""
-    require_wandb()
+    require_tracker("wandb")
     import wandb
 
     try:
@@ -212,11 +219,37 @@ def _start_wandb(settings: WandbSettings, folder: Path) -> Any:
         fix = "run `wandb login`, or set WANDB_MODE=offline"
         raise ConfigError(f"wandb refuses: {error}", fix=fix) from error
     except Exception as error:  # the network, their servers
-        log.warning(_LOST, "Weights & Biases", type(error).__name__, error)
+        log.warning(_LOST, WANDB, type(error).__name__, error)
         return None
     run.define_metric("train/global_step")
     run.define_metric("*", step_metric="train/global_step", step_sync=True)
     return run
+
+
+def _start_trackio(settings: Tracked) -> Any:
+    """A run of Trackio, kept on this machine unless its TRACKIO_SPACE_ID says otherwise, or None with a warning."""
+    require_tracker("trackio")
+    import trackio
+
+    try:
+        return trackio.init(
+            project=settings.project,
+            name=settings.name,
+            config=dict(settings.config),
+            resume="allow",
+            embed=False,
+            auto_log_cpu=False,
+        )
+    except Exception as error:  # the disk, the network
+        log.warning(_LOST, TRACKIO, type(error).__name__, error)
+        return None
+
+
+# A step given to W&B must not go back, as it does where a run is resumed: there it is a metric like the others.
+SENT: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+    WANDB: lambda run, record: run.log({**tags(record), "train/global_step": record["step"]}),
+    TRACKIO: lambda run, record: run.log(tags(record), step=record["step"]),
+}
 
 
 def tags(record: Mapping[str, float]) -> dict[str, float]:

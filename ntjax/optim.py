@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ntjax import moments
 from ntjax.params import Params, Specs, decays
 
 if TYPE_CHECKING:
@@ -28,11 +29,16 @@ def direction(stage: StageConfig, specs: Specs) -> optax.GradientTransformation:
     Decay leaves biases and norms alone, as transformers does.
     """
     b1, b2, eps = stage.adam_beta1, stage.adam_beta2, stage.adam_epsilon
+    adam = _kept_in(stage.mu_dtype, optax.scale_by_adam(b1, b2, eps))
     decay = optax.add_decayed_weights(stage.weight_decay, mask=lambda params: _decayed(params, specs))
     if stage.optimizer == "adafactor":
         return optax.chain(per_tensor(_adafactor(), specs), decay)
     if stage.optimizer == "lion":
-        return optax.chain(optax.scale_by_lion(b1, b2), decay)
+        return optax.chain(_kept_in(stage.mu_dtype, optax.scale_by_lion(b1, b2)), decay)
+    if stage.optimizer == "adamw_8bit":
+        return optax.chain(moments.adam(b1, b2, eps, specs), decay)
+    if stage.optimizer == "lion_8bit":
+        return optax.chain(moments.lion(b1, b2, specs), decay)
     if stage.optimizer == "sgd":
         return decay
     if stage.optimizer == "muon":
@@ -40,19 +46,19 @@ def direction(stage: StageConfig, specs: Specs) -> optax.GradientTransformation:
             path: "muon" if spec.stacked and len(spec.torch_shape) > 1 else "adam"
             for path, spec in specs.items()
         }
-        parts = {"muon": per_tensor(_muon(), specs), "adam": optax.scale_by_adam(b1, b2, eps)}
+        parts = {"muon": per_tensor(_muon(stage.mu_dtype), specs), "adam": adam}
         return optax.chain(optax.multi_transform(parts, lambda params: {p: labels[p] for p in params}), decay)
-    return optax.chain(optax.scale_by_adam(b1, b2, eps), decay)
+    return optax.chain(adam, decay)
 
 
 def per_tensor(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """`transform` applied to each tensor of the Hugging Face checkpoint by itself, as (out, in).
+    """`transform` applied to each tensor of the Hugging Face checkpoint by itself, as (out, in), kernels too.
 
     For transforms that are not elementwise: a stack of layers is not one matrix.
     """
 
     def tensors(path: str, stacked: jax.Array) -> jax.Array:
-        return stacked.reshape(-1, *specs[path].torch_shape)
+        return stacked.reshape(-1, *specs[path].matrix)
 
     def init(params: Params) -> dict[str, Any]:
         return {path: jax.vmap(transform.init)(tensors(path, p)) for path, p in params.items() if _present(p)}
@@ -71,6 +77,25 @@ def per_tensor(transform: optax.GradientTransformation, specs: Specs) -> optax.G
     return optax.GradientTransformation(init, update)
 
 
+def _kept_in(mu_dtype: str | None, transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`transform` with its first moment in `mu_dtype` between updates and in fp32 within: optax's own setting would
+    decay it by what the factor is in that dtype, 0.988 for 0.99 in bf16."""
+    if mu_dtype is None:
+        return transform
+
+    def init(params: Params) -> Any:
+        return cast(transform.init(params), mu_dtype)
+
+    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        updates, state = transform.update(grads, cast(state, "float32"), params)
+        return updates, cast(state, mu_dtype)
+
+    def cast(state: Any, dtype: str) -> Any:
+        return state._replace(mu=optax.tree.cast(state.mu, dtype))
+
+    return optax.GradientTransformation(init, update)
+
+
 def _present(leaf: Any) -> bool:
     return not isinstance(leaf, optax.MaskedNode)
 
@@ -81,11 +106,11 @@ def _adafactor() -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
 
 
-def _muon() -> optax.GradientTransformation:
+def _muon(mu_dtype: str | None) -> optax.GradientTransformation:
     """Orthogonalised momentum (Jordan et al. 2024) for the matrices inside layers, scaled to Adam's rms
     (arXiv:2502.16982, eq. 4), so that one learning rate serves them and the rest, which Adam trains."""
     scale = optax.stateless_with_tree_map(lambda u, _: 0.2 * math.sqrt(max(u.shape)) * u)
-    return optax.chain(optax.contrib.scale_by_muon(), scale)
+    return optax.chain(_kept_in(mu_dtype, optax.contrib.scale_by_muon()), scale)
 
 
 def _decayed(params: Params, specs: Specs) -> dict[str, bool]:

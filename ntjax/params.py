@@ -30,18 +30,23 @@ from flax import nnx
 Params = dict[str, Any]  # path -> jax.Array (later: a quantised or adapted weight)
 Specs = dict[str, "Spec"]
 
+# Vectors that don't decay; in transformers layer norms are known by their type, the others by name.
+_SPARED = re.compile(r"bias|layer_?norm|layrnorm|rmsnorm|(\.|_)norm(\.|$)")
+
 
 @dataclass(frozen=True)
 class Spec:
     """All that is known of a weight before it exists.
 
-    `init` is "normal" (0.02, the Llama family's), "ones" or "zeros".
+    `init` is "normal" (0.02, the Llama family's), "ones" or "zeros". A `kernel` is a convolution's, whose tensor has an
+    axis for each input.
     """
 
     axes: str
     hf: str
     sizes: tuple[tuple[str, int], ...]  # of every axis named, in stored order
     init: str = "normal"
+    kernel: bool = False
 
     @cached_property
     def stacked(self) -> tuple[str, ...]:
@@ -69,13 +74,25 @@ class Spec:
         return tuple(size for _, size in self.sizes)
 
     @property
-    def torch_shape(self) -> tuple[int, ...]:
-        """Shape of one tensor in a Hugging Face checkpoint: (out, in) for a linear layer, (out,) for its bias."""
+    def linear(self) -> bool:
+        """Whether it is a linear map's, which adapters and quantisation are for; a convolution's kernel isn't."""
+        return bool(self.inputs) and not self.kernel
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """One tensor as the map that it is: (out, in), a kernel's too; the tensor's own shape where there is none."""
         sizes = dict(self.sizes)
         if "->" not in self.axes:
             return tuple(sizes[name] for name in self.outputs)
         sides = [self.outputs, self.inputs] if self.inputs else [self.outputs]
         return tuple(math.prod(sizes[name] for name in side) for side in sides)
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """Shape of one tensor in a Hugging Face checkpoint: (out, in) for a linear layer, (out,) for its bias, (out,
+        channels, height, width) for a kernel."""
+        sizes = dict(self.sizes)
+        return (self.matrix[0], *(sizes[name] for name in self.inputs)) if self.kernel else self.matrix
 
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """(index into the stacked axes, Hugging Face name) of every tensor this weight is made of."""
@@ -86,18 +103,26 @@ class Spec:
             yield index, self.hf.format(**dict(zip(self.stacked, index, strict=True)))
 
 
-def weight(sizes: Mapping[str, int], axes: str, hf: str, init: str = "normal") -> nnx.Param:
+def weight(
+    sizes: Mapping[str, int], axes: str, hf: str, init: str = "normal", *, kernel: bool = False
+) -> nnx.Param:
     """An abstract `nnx.Param` (a shape, no data) carrying its `Spec` as metadata."""
     stacked = re.findall(r"{(\w+)}", hf)
     left, _, right = axes.rpartition("->")
     names = [*stacked, *right.split(), *left.split()]
-    spec = Spec(axes, hf, tuple((name, sizes[name]) for name in names), init)
+    spec = Spec(axes, hf, tuple((name, sizes[name]) for name in names), init, kernel)
     return nnx.Param(jax.ShapeDtypeStruct(spec.shape, jnp.float32), spec=spec)
 
 
+def unused(specs: Specs) -> set[str]:
+    """Paths of weights that a model only carries from one checkpoint to the next: nothing reads them."""
+    return {path for path in specs if ".unused." in path}
+
+
 def decays(spec: Spec) -> bool:
-    """Whether weight decay applies: to all but biases and norms (as transformers, which counts DoRA's lengths in)."""
-    return len(spec.torch_shape) > 1 or spec.hf.endswith(".lora_magnitude_vector")
+    """Whether weight decay applies: to all but biases and norms. Vectors that transformers doesn't know for norms by
+    their names (a class embedding, DoRA's lengths, the norms of Qwen2.5-VL's tower) it decays, and so do we."""
+    return len(spec.torch_shape) > 1 or not _SPARED.search(spec.hf)
 
 
 def initial(specs: Specs, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:

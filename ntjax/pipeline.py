@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ntjax import hosts, watchdog
 from ntjax.config import Config, refuse_unbuilt, to_toml
 from ntjax.errors import ConfigError, InputMissing, Preempted
-from ntjax.metrics import require_wandb
+from ntjax.metrics import require_tracker
 from ntjax.runs import Resume, find_resume, is_done, new_run, refuse_used, unmark
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
@@ -34,8 +34,9 @@ def run(
     With `resume` (see `runs.find_resume`) finished stages are skipped and the one that was broken off goes on.
     """
     refuse_unbuilt(config)
-    if config.use_wandb:
-        require_wandb(config.where("use_wandb"))
+    for tracker, asked in {"wandb": config.use_wandb, "trackio": config.use_trackio}.items():
+        if asked:
+            require_tracker(tracker, config.where(f"use_{tracker}"))
     chosen = chosen_stages(config, stages)
     resolved = to_toml(config)
     hosts.same("program", hosts.program())
@@ -72,10 +73,12 @@ def _run_stages(
     stop: StopRequest,
 ) -> None:
     from ntjax.prepare import Job, prepare
+    from ntjax.reporting.live import Live
     from ntjax.trainer import train
 
     names = [stage.stage_name for stage in config.stages]
     named = names.index(where.stage) if where and where.stage else None
+    report = Live(run_folder, first=hosts.first())
     for index, stage in enumerate(config.stages):
         folder = stage_folder(config, stage, run_folder)
         if stage not in chosen:
@@ -106,7 +109,9 @@ def _run_stages(
             )
         if warning := shortage(setup):
             log.warning("warning: %s", warning)
-        train(setup, stop)
+        report.begin(setup.layout)
+        train(setup, stop, report.update)
+        report.update(ended=True)
 
 
 def shortage(setup: Setup) -> str | None:

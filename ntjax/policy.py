@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from ntjax.hf.peft import load_adapter
 from ntjax.layout import Layout, placing
 from ntjax.lora import Plan
 from ntjax.models import Model
-from ntjax.params import Params, Specs, decays, initial, weight
+from ntjax.params import Params, Specs, initial, unused, weight
 from ntjax.quantised import EightBit, FourBit, Kind, quantise_4bit, quantise_8bit
 from ntjax.step import Join, union
 from ntjax.targets import Where
@@ -65,8 +66,10 @@ def adapters(
     folder: Path | None,
     *,
     where: Where = lambda setting: None,
+    frozen: Collection[str] = (),
 ) -> tuple[Plan | None, tuple[Plan, Params] | None]:
-    """What is trained of adapters (None: all weights are), and the adapter in the PEFT `folder`.
+    """What is trained of adapters (None: weights themselves are), none of it at the paths `frozen`, and the adapter in
+    the PEFT `folder`.
 
     Raises ConfigError at `where(setting)`: no module is a target, or the adapter to go on with isn't the one that
     settings describe.
@@ -76,7 +79,7 @@ def adapters(
         adapter = load_adapter(folder, specs)
     if not settings.use_lora:
         return None, adapter
-    plan = lora.plan(settings.lora_config, specs, where=where)
+    plan = lora.plan(settings.lora_config, specs, where=where, frozen=frozen)
     if "head" in plan.ranks:
         raise ConfigError(
             "an adapter on lm_head would form whole logits",
@@ -87,7 +90,8 @@ def adapters(
         raise ConfigError(
             f"the adapter in {folder} has other ranks, scales or modules than [model.lora_config]",
             where=where("r"),
-            fix="write the settings it was trained with, or merge_adapter = true to start a new one on it",
+            fix="write the settings it was trained with, the stage's freeze included, or merge_adapter = true to "
+            "start a new one on it",
         )
     return plan, adapter
 
@@ -101,33 +105,36 @@ def load_policy(
     adapter: tuple[Plan, Params] | None = None,
     seed: int = 0,
     layout: Layout | None = None,
+    frozen: Collection[str] = (),
 ) -> Policy:
     """The weights in `source`, of which `plan` says what is trained: a new adapter, or `adapter` on.
 
-    Without a plan all weights are trained, with the adapter merged into them. What is frozen is held in
-    `settings.dtype` or quantised, what is trained in `settings.param_dtype`.
+    Without a plan all weights but those at the paths `frozen` are trained, with the adapter merged into them. What is
+    frozen is held in `settings.dtype` or quantised, what is trained in `settings.param_dtype`.
 
     Raises what `hf.folder.load_params` raises.
     """
     key = jax.random.key(seed)
     if plan is None:
-        params = load(source, model, settings.param_dtype, key, layout)
+        held_in = dict.fromkeys(frozen, settings.dtype)
+        params = load(source, model, settings.param_dtype, key, layout, dtypes=held_in)
         if adapter:
             joined = adapter[0].join(params, adapter[1])
             for path, w in joined.items():
                 params[path] = jax.device_put(dense(w, params[path].dtype), params[path].sharding)
-        return Policy(params, {}, model.specs)
+        kept = {path: params.pop(path) for path in model.specs if path in frozen}
+        return Policy(params, kept, {path: model.specs[path] for path in params})
     held = load(source, model, settings.dtype, key, layout, quantiser(settings, model.specs))
     trained = jnp.dtype(settings.param_dtype)
-    frozen, trainable = plan.initial(held, model.specs, jax.random.fold_in(key, 1), trained)
+    base, trainable = plan.initial(held, model.specs, jax.random.fold_in(key, 1), trained)
     start = None
     if adapter:
         trainable |= {path: array.astype(trained) for path, array in adapter[1].items()}
     elif plan.changes_base:
         start = jax.tree.map(jnp.copy, trainable)
     # A weight that is trained in every layer has nothing left to freeze.
-    frozen = {path: w for path, w in frozen.items() if not (path in plan.whole and plan.whole[path].all())}
-    return Policy(trainable, frozen, plan.specs(model.specs), plan, start)
+    base = {path: w for path, w in base.items() if not (path in plan.whole and plan.whole[path].all())}
+    return Policy(trainable, base, plan.specs(model.specs), plan, start)
 
 
 def with_values(policy: Policy, embed: int, source: Path) -> Policy:
@@ -153,15 +160,16 @@ def reference(policy: Policy, *, continued: bool, compute: str) -> Params:
 
     A new adapter changes nothing yet, so the frozen weights are the reference; one that is `continued`, or that PiSSA
     took out of the base, is copied. Weights trained as a whole are copied too, matrices in the dtype `compute` that
-    they are cast to where they are used.
+    they are cast to where they are used; frozen ones never are.
     """
     if policy.plan is None:
 
         def copied(path: str, w: jax.Array) -> jax.Array:
-            dtype = compute if decays(policy.specs[path]) else w.dtype
+            dtype = compute if len(policy.specs[path].torch_shape) > 1 else w.dtype
             return jax.device_put(jnp.array(whole(w), dtype, copy=True), w.sharding)
 
-        return {path: copied(path, w) for path, w in policy.trainable.items() if path != VALUE}
+        own = {path: copied(path, w) for path, w in policy.trainable.items() if path != VALUE}
+        return policy.frozen | own
     now = jax.tree.map(jnp.copy, policy.trainable)
     now.pop(VALUE, None)
     if continued or not policy.plan.starts_at_nothing:
@@ -190,12 +198,17 @@ def is_quantised(w: Any) -> bool:
     return isinstance(w, FourBit | EightBit)
 
 
+def quantisable(specs: Specs) -> set[str]:
+    """Paths of the linear maps inside layers, a vision tower's too, as bitsandbytes' integration in transformers takes
+    them; heads, embeddings, norms and projectors stay as they are, and what nothing reads."""
+    return {path for path, spec in specs.items() if spec.linear and spec.stacked} - unused(specs)
+
+
 def quantiser(settings: ModelConfig, specs: Specs) -> Quantise | None:
-    """How weights are quantised on their way in: the linear maps inside layers are, as bitsandbytes' integration in
-    transformers does, and the heads, embeddings and norms are not."""
+    """How weights are quantised on their way in; None: they are not."""
     if not (settings.load_in_4bit or settings.load_in_8bit):
         return None
-    chosen = {path: len(spec.inputs) for path, spec in specs.items() if spec.inputs and spec.stacked}
+    chosen = {path: len(specs[path].inputs) for path in quantisable(specs)}
 
     def quantise(path: str, tensor: np.ndarray) -> Any:
         if path not in chosen:
@@ -216,16 +229,17 @@ def load(
     key: jax.Array,
     layout: Layout | None = None,
     quantise: Quantise | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> Params:
-    """The model's weights from a folder. A language model that becomes a scoring one is given a new head of scores,
-    N(0, 0.02) as transformers draws it, and loses its own."""
+    """The model's weights from a folder, in `dtype` or that which `dtypes` has for their path. A language model that
+    becomes a scoring one is given a new head of scores, N(0, 0.02) as transformers draws it, and loses its own."""
     weights, specs, ignore = open_weights(source), model.specs, list(HARMLESS)
     drawn: Params = {}
     if model.config.labels and "score.weight" not in weights.names():
-        drawn = initial({"score": specs["score"]}, key, jnp.dtype(dtype))
+        drawn = initial({"score": specs["score"]}, key, jnp.dtype((dtypes or {}).get("score", dtype)))
         specs = {path: spec for path, spec in specs.items() if path != "score"}
         ignore.append(LANGUAGE_HEAD)
         log.info("%s has no score.weight: it starts from random numbers", source)
     lie = placing(layout, specs) if layout else {}
-    params = load_params(weights, specs, dtype=dtype, ignore=ignore, quantise=quantise, **lie)
+    params = load_params(weights, specs, dtype=dtype, dtypes=dtypes, ignore=ignore, quantise=quantise, **lie)
     return {**params, **(layout.put(drawn, model.specs) if layout else drawn)}

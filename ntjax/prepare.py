@@ -6,36 +6,32 @@ Whatever can go wrong cheaply goes wrong here, before weights are read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ntjax import lookup, lora
+from ntjax import lora, parts
 from ntjax.checkpoint import read_meta, saved_steps
 from ntjax.config import Config, dataset_for
-from ntjax.data.encode import check_stop_token
-from ntjax.data.lazy import open_lazily
-from ntjax.data.loader import Examples, Plan
-from ntjax.data.text import TextEncoder
 from ntjax.errors import CheckpointError, ConfigError
-from ntjax.feed import Feed, Planned, Questions, Streamed
+from ntjax.feed import Feed, Planned, Questions, feeds
 from ntjax.hf.files import read_config
 from ntjax.hf.hub import locate
-from ntjax.hf.tokenizer import check_vocab, load_tokenizer, pad_id, stop_ids
+from ntjax.hf.processor import load_words
+from ntjax.hf.tokenizer import check_vocab, pad_id, stop_ids
+from ntjax.hf.vision import Processor
 from ntjax.judge import Judge, open_judge
 from ntjax.layout import RULES, Layout
-from ntjax.mesh import has_host_memory, make_mesh, own_share
-from ntjax.models import Model, build, is_scoring, scoring_config
+from ntjax.mesh import has_host_memory, make_mesh
+from ntjax.models import Model, build, is_scoring, scoring_config, sees
 from ntjax.ops.attention import chosen
 from ntjax.params import Params
 from ntjax.policy import adapters
 from ntjax.runs import check_unchanged
+from ntjax.sharing import shares
 from ntjax.stages.base import StageConfig
-from ntjax.stages.rollout import RolloutConfig
-from ntjax.stages.rows import stage_rows
 
 # Settings that may differ when a stage is resumed: they change what is written, not what is computed.
 FREE = {"stage_name", "output_dir", "load_from", "save_strategy", "save_steps", "save_total_limit"}
@@ -76,9 +72,11 @@ class Job:
 class Setup:
     """All that a stage needs but its weights. `settings` are what must not differ when it is resumed.
 
-    `adapters` says which are trained, None that all weights are; `adapter` is what was trained of one before.
+    `adapters` says which are trained, None that weights themselves are, but for those at the paths `frozen`; `adapter`
+    is what was trained of one before.
     `reference` is the model a stage is held against, where it isn't its own start; `judge` rewards what the policy
-    draws, which ends with one of `stop_ids`.
+    draws, which ends with one of `stop_ids`. A model that sees images has a `vision`. If it `shares`, a prompt is
+    computed once for the sequences of a step that begin with it.
     """
 
     job: Job
@@ -92,33 +90,57 @@ class Setup:
     evaluation: Planned | Questions | None
     settings: dict[str, Any]
     stop_ids: tuple[int, ...]
+    frozen: frozenset[str] = frozenset()
+    vision: Processor | None = None
     judge: Judge | None = None
+    shares: bool = False
 
 
 def prepare(job: Job) -> Setup:
     """Reads everything but the weights; every error that data or settings can cause is raised here."""
     stage = job.stage
     hf = read_config(job.source)
+    tokenizer, vision = words_of(job.config, job.source, hf)
     layout = layout_of(job.config)
     model = _model(hf, job, layout)
-    plan, adapter = _adapters(job, model)
+    frozen = parts.frozen(stage.freeze, model.specs, parts.places(job.config, stage))
+    plan, adapter = _adapters(job, model, frozen)
     specs = model.specs | (plan.specs(model.specs) if plan else {})
     layout.check(specs, lambda axis: job.config.where(f"mesh.{axis}"))
-    tokenizer = load_tokenizer(job.source)
     check_vocab(tokenizer, model.config.vocab)
     if pad_id(tokenizer) == tokenizer.eos_token_id:
         log.info("%s: rows are padded with the end token %r, masked", stage.stage_name, tokenizer.eos_token)
-    train, evaluation, digest = _feeds(job, tokenizer, model.config.vocab, layout)
+    shared = shares(job.config, stage, model, vision)
+    train, evaluation, digest = feeds(
+        job.config, stage, tokenizer, vision, model.config.vocab, layout, shared
+    )
     log.info("%s: %d steps on %s", stage.stage_name, train.steps, layout)
     log.info("%s: attention: %s", stage.stage_name, model.config.attention)
     settings = _settings(job, digest, layout)
     if job.resume:
         _check_settings(job, settings)
     reference, stops = _reference(job, model), tuple(stop_ids(job.source, tokenizer))
-    setup = Setup(job, tokenizer, model, plan, adapter, reference, layout, train, evaluation, settings, stops)
+    read = job, tokenizer, model, plan, adapter, reference, layout, train, evaluation, settings, stops
+    setup = Setup(*read, frozen, vision, shares=shared)
     if isinstance(train, Questions):
         return replace(setup, judge=open_judge(job, train.prompts, layout, train.geometry.rows))
     return setup
+
+
+def words_of(config: Config, folder: Path, hf: dict[str, Any]) -> tuple[Any, Processor | None]:
+    """A model's tokenizer, and what it makes of images; raises ConfigError unless `model_type` is what the model is."""
+    settings = config.model
+    if (settings.model_type == "vlm") != sees(hf):
+        kinds = {True: "a vision-language model", False: "a language model, which sees no images"}
+        raise ConfigError(
+            f"model_type = {settings.model_type!r}, but {folder} is {kinds[sees(hf)]}",
+            where=config.where("model.model_type"),
+            fix=f'set it to "{"vlm" if sees(hf) else "llm"}"'
+            + ("" if sees(hf) else ", or make one that does with ntjax.import --vision"),
+        )
+    least, most = settings.image_min_pixels, settings.image_max_pixels
+    where = config.where(f"model.image_{'min' if most is None else 'max'}_pixels")
+    return load_words(folder, hf, min_pixels=least, max_pixels=most, where=where)
 
 
 def layout_of(config: Config, devices: Sequence[Any] | None = None) -> Layout:
@@ -136,7 +158,15 @@ def layout_of(config: Config, devices: Sequence[Any] | None = None) -> Layout:
                 where=config.where(f"mesh.{setting}"),
                 fix=f"leave it out; zero_stage = {stage} and more devices share {what} out",
             )
-    chosen(config.attention, mesh.devices.flat[0].platform, config.where("model.attention"))
+    if asked.offload_optimizer and mesh.devices.flat[0].platform == "tpu":
+        for number, one in enumerate(config.stages):
+            if one.optimizer.endswith("_8bit"):  # the compiler fails: it tiles bytes there in another way
+                raise ConfigError(
+                    f"offload_optimizer = true, but TPUs can't hold {one.optimizer}'s bytes in the host's memory",
+                    where=config.where(f"stages.{number}.optimizer"),
+                    fix="leave one of them out, or take adamw_torch",
+                )
+    chosen(config.model.attention, mesh.devices.flat[0].platform, config.where("model.attention"))
     return Layout(mesh, asked.zero, tuple({**RULES, **asked.rules}.items()), asked.offload_param)
 
 
@@ -155,17 +185,25 @@ def _model(hf: dict[str, Any], job: Job, layout: Layout) -> Model:
             where=config.where("model.model_name_or_path"),
             fix="set use_lora = true, or name the unquantised model",
         )
+    if stage.scores and sees(hf):
+        raise ConfigError(
+            f"{job.source} sees images, and transformers has no reward models that do",
+            where=config.where(f"stages.{config.stages.index(stage)}.stage_type"),
+            fix="train the reward model from a language model, in a config of its own",
+        )
     return build(
         scoring_config(hf) if stage.scores else hf,
         dtype=config.compute_dtype(stage),
         remat=stage.remat or "none",
         labels=int(stage.scores),
-        attention=config.attention,
+        attention=config.model.attention,
         layout=layout,
     )
 
 
-def _adapters(job: Job, model: Model) -> tuple[lora.Plan | None, tuple[lora.Plan, Params] | None]:
+def _adapters(
+    job: Job, model: Model, frozen: frozenset[str]
+) -> tuple[lora.Plan | None, tuple[lora.Plan, Params] | None]:
     """What the stage trains of adapters, and the adapter that it starts from or merges."""
     config = job.config
     plan, adapter = adapters(
@@ -173,7 +211,10 @@ def _adapters(job: Job, model: Model) -> tuple[lora.Plan | None, tuple[lora.Plan
         model.specs,
         job.adapter,
         where=lambda setting: config.where(f"model.lora_config.{setting}"),
+        frozen=frozen,
     )
+    trained = plan.specs(model.specs) if plan else {p: s for p, s in model.specs.items() if p not in frozen}
+    parts.factors(job.stage, model.specs, trained, parts.places(config, job.stage))
     if plan is not None and getattr(job.stage, "disable_dropout", False):
         plan = replace(plan, rate=0.0)
     return plan, adapter
@@ -194,7 +235,13 @@ def _reference(job: Job, own: Model) -> tuple[Model, Path] | None:
         return None
     folder = locate(named, cache_dir=config.model.cache_dir, folders=[config.path.parent])
     hf = read_config(folder)
-    model = build(hf, dtype=config.compute_dtype(stage), attention=config.attention, layout=own.layout)
+    if sees(hf) != sees(own.hf):
+        raise ConfigError(
+            f"{named} doesn't look at the same rows as the policy: one of them sees images",
+            where=config.where(f"stages.{config.stages.index(stage)}.reference_model_path"),
+            fix="name a model of the same kind",
+        )
+    model = build(hf, dtype=config.compute_dtype(stage), attention=config.model.attention, layout=own.layout)
     if sync and model.specs != own.specs:
         raise ConfigError(
             f"{named} is another model than the policy, and can't follow it",
@@ -204,108 +251,14 @@ def _reference(job: Job, own: Model) -> tuple[Model, Path] | None:
     return model, folder
 
 
-def _questions(
-    job: Job, prompts: Any, held_out: Any, devices: int, pad: int
-) -> tuple[Questions, Questions | None]:
-    """The prompts that are asked in training and in evaluation."""
-    stage, dataset = job.stage, dataset_for(job.config, job.stage)[1]
-    assert isinstance(stage, RolloutConfig)
-    assert stage.seed is not None
-    shape = stage.geometry(devices)
-    given = stage.per_device_train_batch_size * devices
-    if shape.rows != given:
-        log.info(
-            "%s: %d completions a microbatch instead of %d, so that a window is whole groups of %d",
-            *(stage.stage_name, shape.rows, given, shape.group),
-        )
-    log.info(
-        "%s: windows of %d completions, %d of each of %d prompts, are trained on for %d steps",
-        *(stage.stage_name, shape.completions, shape.group, shape.completions // shape.group, shape.steps),
-    )
-    steps = stage.total_steps(shape, len(prompts))
-    train = Questions(prompts, shape, steps, dataset.shuffle, stage.seed, pad)
-    if held_out is None:
-        return train, None
-    return train, replace(train, prompts=held_out, shuffle=False)
-
-
-def _feeds(
-    job: Job, tokenizer: Any, vocab: int, layout: Layout
-) -> tuple[Feed, Planned | Questions | None, str]:
-    """What the stage is trained and evaluated on, and a digest of the former."""
-    config, stage = job.config, job.stage
-    dataset, pad = dataset_for(config, stage)[1], pad_id(tokenizer)
-    assert stage.seed is not None
-    assert stage.per_device_eval_batch_size is not None
-    devices, share = layout.rows, own_share(layout.mesh)
-    rows, accumulation = stage.per_device_train_batch_size * devices, stage.gradient_accumulation_steps
-    examples, held_out = encoded_rows(config, stage, tokenizer, vocab)
-    if stage.rolls_out:
-        assert examples is not None
-        log.info("%s: %s", stage.stage_name, examples.report())
-        return *_questions(job, examples, held_out, devices, pad), examples.digest()
-    evaluation = None
-    if held_out is not None:
-        many = stage.per_device_eval_batch_size * devices
-        plan = Plan(held_out.lengths, stage.row_length, many, shuffle=False, packing=stage.packs)
-        evaluation = Planned(replace(plan, in_order=stage.packs_in_order), held_out, pad, share)
-    if examples is None:
-        encoder = TextEncoder(tokenizer, dataset, None, _formatting(config, stage))
-        source = open_lazily(dataset, [config.path.parent, Path.cwd()])
-        for read, where in islice(source(0), 1):
-            encoder.check(read(), where)
-        log.info("%s: rows are streamed in the order of the files", stage.stage_name)
-        shape = stage.max_steps, stage.row_length, rows, accumulation
-        feed = Streamed(source, encoder, *shape, dataset.max_bad_rows, pad, share)
-        return feed, evaluation, source.digest()
-    log.info("%s: %s", stage.stage_name, examples.report())
-    if stage.learns_to_stop and (warning := check_stop_token(examples, tokenizer)):
-        log.warning("warning: %s", warning)
-    plan = Plan(
-        examples.lengths,
-        stage.row_length,
-        rows,
-        accumulation,
-        stage.num_train_epochs,
-        stage.max_steps,
-        dataset.shuffle,
-        stage.seed,
-        stage.packs,
-        stage.packs_in_order,
-    )
-    return Planned(plan, examples, pad, share), evaluation, examples.digest()
-
-
-def encoded_rows(
-    config: Config, stage: StageConfig, tokenizer: Any, vocab: int
-) -> tuple[Examples | None, Examples | None]:
-    """The stage's training examples, None where they are streamed, and its evaluation examples where it evaluates."""
-    dataset = dataset_for(config, stage)[1]
-    function = _formatting(config, stage)
-    assert stage.seed is not None
-    rows, held_out = stage_rows(config, dataset, stage.seed)
-    encoded = None if rows is None else stage.encode(rows, tokenizer, dataset, function, vocab)
-    if held_out is None or not stage.do_eval:
-        return encoded, None
-    return encoded, stage.encode(held_out, tokenizer, dataset, function, vocab)
-
-
-def _formatting(config: Config, stage: StageConfig) -> Callable[..., Any] | None:
-    """The data set's `formatting_func`."""
-    name, dataset = dataset_for(config, stage)
-    if dataset.formatting_func is None:
-        return None
-    place = config.where(f"datasets.{name}.formatting_func")
-    return lookup.function(dataset.formatting_func, config.path.parent, place)
-
-
 def _settings(job: Job, digest: str, layout: Layout) -> dict[str, Any]:
     """Everything that decides what the stage computes. How many devices share a step's rows, and in how many
     microbatches, does not."""
     stage = {key: value for key, value in asdict(job.stage).items() if key not in FREE}
     stage = {key: value for key, value in stage.items() if not key.startswith(("eval_", "logging_"))}
     settings = job.config.model
-    model = {f"model.{key}": getattr(settings, key) for key in ("dtype", "param_dtype")}
+    names = "dtype", "param_dtype", "image_min_pixels", "image_max_pixels"
+    model = {f"model.{key}": getattr(settings, key) for key in names}
     if settings.use_lora:
         model |= {f"model.lora_config.{key}": value for key, value in asdict(settings.lora_config).items()}
         model |= {f"model.{key}": getattr(settings, key) for key in ("load_in_4bit", "load_in_8bit")}

@@ -56,6 +56,13 @@ def saved_metrics(folder: Path) -> dict[int, float | None]:
     return metrics
 
 
+def better(metric: str, greater: bool | None) -> Best:
+    """Whether the best value of a metric is its lowest or its highest, where `greater` doesn't say: losses are low."""
+    if greater is None:
+        greater = not metric.endswith(("loss", "perplexity"))
+    return "max" if greater else "min"
+
+
 def best_step(metrics: Mapping[int, float | None], mode: Best | None) -> int | None:
     """The earliest step with the lowest ("min") or highest ("max") finite metric."""
     finite = {step: value for step, value in metrics.items() if value is not None and math.isfinite(value)}

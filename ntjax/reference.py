@@ -101,6 +101,7 @@ def _scores(setup: Setup, data: Planned, score: Score, params: Params) -> np.nda
         max_steps=-1,
         shuffle=False,
         packing=False,
+        fills=False,
     )
     found = np.zeros((len(data.examples), 2), np.float32)
     feed, name = replace(data, plan=plan), f"{setup.job.stage.stage_name} reference"

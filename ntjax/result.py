@@ -9,10 +9,13 @@ from typing import Any
 import safetensors.numpy
 
 from ntjax import hosts
+from ntjax.data.encode import learned_stops
+from ntjax.feed import Planned
 from ntjax.hf.files import replacing
 from ntjax.hf.folder import save_params
 from ntjax.hf.peft import save_adapter
-from ntjax.hf.tokenizer import pad_id, save_generation_config, save_tokenizer
+from ntjax.hf.processor import save_words
+from ntjax.hf.tokenizer import pad_id, save_generation_config
 from ntjax.hosts import whole
 from ntjax.params import Params
 from ntjax.policy import VALUE, VALUE_FILE, Policy, is_quantised
@@ -34,9 +37,9 @@ def export(setup: Setup, policy: Policy, trainable: Params) -> None:
         with replacing(job.folder, VALUE_FILE, discard=not hosts.first()) as create:
             create(VALUE_FILE).write(safetensors.numpy.save(head))
     if hosts.first():
-        save_tokenizer(setup.tokenizer, job.folder)
+        save_words(setup.tokenizer, setup.vision, job.folder)
         if not stage.scores:
-            save_generation_config(job.folder, job.source, setup.tokenizer)
+            save_generation_config(job.folder, job.source, setup.tokenizer, _stops(setup))
     if policy.plan is not None:
         if any(is_quantised(w) for w in policy.frozen.values()):
             log.info("%s: the adapter is merged into the dequantised weights", stage.stage_name)
@@ -50,6 +53,13 @@ def export(setup: Setup, policy: Policy, trainable: Params) -> None:
             task_type="SEQ_CLS" if stage.scores else "CAUSAL_LM",
             start=policy.start,
         )
+
+
+def _stops(setup: Setup) -> list[int]:
+    """The tokens that rows were learned to end with, which may be others than the tokenizer's end."""
+    if not (setup.job.stage.learns_to_stop and isinstance(setup.train, Planned)):
+        return []
+    return learned_stops(setup.train.examples, setup.tokenizer) or []
 
 
 def origin(setup: Setup) -> dict[str, Any]:

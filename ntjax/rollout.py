@@ -13,27 +13,28 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ntjax import hosts
+from ntjax.data.grouped import joined
 from ntjax.data.loader import rounded
+from ntjax.drawing import Drawing
 from ntjax.feed import Fed, Questions
-from ntjax.judge import Verdict, rewarded
-from ntjax.layout import Layout
+from ntjax.judge import Verdict
 from ntjax.mesh import own_share, place_batch
 from ntjax.metrics import Mean, Metrics, append_lines
 from ntjax.params import Params
 from ntjax.prepare import Setup
-from ntjax.sampler import Sampler
+from ntjax.sampler import Completion
 from ntjax.stages.rollout import RolloutConfig
 from ntjax.step import Join
-from ntjax.window import Drawn, difference, length_metrics, packed, unpacked, window_arrays
+from ntjax.window import Drawn, difference, length_metrics, packed, shown, told, unpacked, window_arrays
 
 COMPLETIONS = "completions.jsonl"
+SCORES = ("old_logps", "old_values", "ref_logps")  # what models say of a window before it is trained on
 SHOWN = 3  # completions that log_completions shows of a window
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,17 @@ class Weights(NamedTuple):
     trainable: Params
     frozen: Params
     reference: Params | None
+
+
+class Window(NamedTuple):
+    """Completions that are drawn, what the policy and the reference said of them then, and how far the prompts were
+    asked; their rewards are being worked on."""
+
+    drawn: Drawn
+    arrays: dict[str, np.ndarray]
+    asked: int
+    step: int  # steps that were done by then
+    metrics: Metrics
 
 
 class Rollouts:
@@ -60,12 +72,11 @@ class Rollouts:
         assert isinstance(setup.train, Questions)
         assert setup.judge is not None
         self.stage, self.questions, self.judge = setup.job.stage, setup.train, setup.judge
-        self.held_out = setup.evaluation if isinstance(setup.evaluation, Questions) else None
         self.setup, self.weights, self.join = setup, weights, join
         self.shape = self.questions.geometry
         self.reference_scores = reference_scores
         self.policy_scores = _over_microbatches(self.stage.policy_scores(setup.model), join)
-        self.sampler = self._sampler()
+        self.draw = Drawing(setup)
         self.ended: float | None = None  # when the last window was complete
         self.trained_tokens = 0  # fed since then
 
@@ -81,7 +92,8 @@ class Rollouts:
 
     @contextmanager
     def open(self, start: int = 0, position: dict[str, Any] | None = None) -> Iterator[Iterator[Fed]]:
-        """The steps from `start` on. Each is drawn when it is asked for, from the weights of that moment."""
+        """The steps from `start` on. A window is drawn when its first step is asked for, from the weights of that
+        moment; with `generate_ahead` when the window before it is begun, whose training its rewards don't hold up."""
         yield self._feed(start, position or {"asked": 0, "window": 0, "state": {}, "rewards": None})
 
     def _feed(self, start: int, position: dict[str, Any]) -> Iterator[Fed]:
@@ -90,22 +102,36 @@ class Rollouts:
         arrays = unpacked(left_over)
         if at["rewards"] is not None:
             self.judge.load_state(at["rewards"])
+        kept = at.pop("ahead", None)
+        ahead = self._restored(kept) if kept else None
         for step in range(start, self.steps):
             metrics: Metrics = {}
             if used == self.shape.steps:
-                arrays, metrics, at = self._window(at, step)
-                used, left_over = 0, packed(arrays) if self.shape.steps > 1 else None
-            rows = self.questions.order(at["window"] - 1)[used]
+                arrays, metrics, at = self._judged(ahead or self._window(at["asked"], step), at, step)
+                used, left_over, ahead, kept = 0, packed(arrays) if self.shape.steps > 1 else None, None, None
+                if self.stage.generate_ahead and step + self.shape.steps < self.steps:
+                    ahead = self._window(at["asked"], step)
+                    kept = self._kept(ahead)
+                self.ended, self.trained_tokens = time.perf_counter(), 0
+            rows = self._regrouped(self.questions.order(at["window"] - 1)[used])
             used += 1
             batch = {name: array[rows] for name, array in arrays.items()}
             left = {"left": left_over, "used": used} if used < self.shape.steps else {}
+            left |= {"ahead": kept} if kept else {}
             tokens = int((batch["segments"] > 0).sum())
             self.trained_tokens += tokens
             epoch = (step + 1) / self.steps_per_epoch
-            yield Fed(_own_rows(batch, self.setup.layout), tokens, epoch, at | left, metrics)
+            yield Fed(self._shown(batch), tokens, epoch, at | left, metrics)
 
-    def _window(self, at: Mapping[str, Any], step: int) -> tuple[dict[str, np.ndarray], Metrics, dict]:
-        """The arrays [N, ...] of the next window, what is to be logged of it, and the position after it."""
+    def _regrouped(self, rows: np.ndarray) -> np.ndarray:
+        """A step's rows of the window [microbatches, rows], a prompt's together where that changes nothing."""
+        if not (self.setup.shares and self.stage.regroups):
+            return rows
+        flat = rows.reshape(-1)
+        return flat[np.argsort(flat // self.shape.group, kind="stable")].reshape(rows.shape)
+
+    def _window(self, asked: int, step: int) -> Window:
+        """The next window, drawn from the policy as it is."""
         policy = self.weights()
         jax.block_until_ready(policy.trainable)
         began = time.perf_counter()
@@ -114,31 +140,55 @@ class Rollouts:
             speed["trainer/tokens_per_second"] = Mean(self.trained_tokens, began - self.ended)
         params = self._joined(policy)
         wanted = self.shape.completions // self.shape.group
-        drawn, asked = self._draw(params, at["asked"], wanted, step), at["asked"] + wanted
+        drawn, asked = self.draw.next(params, asked, wanted, step), asked + wanted
         if getattr(self.stage, "dynamic_sample", False):
-            drawn, asked, resampled = self._refilled(drawn, params, asked, step)
+            drawn, asked, resampled = self.draw.refilled(drawn, params, asked, step)
             speed |= resampled
         count = sum(len(completion.tokens) for completion in drawn.completions)
         speed["sampler/tokens_per_second"] = Mean(count, time.perf_counter() - began)
         arrays = self._arrays(drawn)
         arrays |= self._scores(arrays, policy)  # the devices work while the rewards are computed
+        return Window(drawn, arrays, asked, step, speed)
+
+    def _judged(
+        self, window: Window, at: Mapping[str, Any], step: int
+    ) -> tuple[dict[str, np.ndarray], Metrics, dict]:
+        """The arrays [N, ...] that a window is trained on, what is to be logged of it, and the position after it."""
+        drawn, arrays = window.drawn, window.arrays
         verdict = drawn.verdict()
         judged = self.stage.judged(arrays, verdict.scores, at["state"])
         lengths = length_metrics(drawn.completions)
-        metrics = verdict.metrics | judged.metrics | lengths | speed | difference(arrays)
+        metrics = verdict.metrics | judged.metrics | lengths | window.metrics | difference(arrays)
         self._record(drawn, verdict, judged, step + 1)
-        arrays |= judged.arrays
+        arrays = arrays | judged.arrays
         if "old_logps" in arrays:
             del arrays["sampler_logps"]  # the loss compares only where there is nothing better
         arrays = {name: array for name, array in arrays.items() if name not in ("stopped", "lengths")}
         after = {
-            "asked": asked,
+            "asked": window.asked,
             "window": at["window"] + 1,
             "state": judged.state,
             "rewards": self.judge.state(),
         }
-        self.ended, self.trained_tokens = time.perf_counter(), 0
         return arrays, metrics, after
+
+    def _kept(self, window: Window) -> dict[str, Any]:
+        """A window that waits for its turn, as JSON; `_restored` has it judged anew."""
+        completions = [list(vars(completion).values()) for completion in window.drawn.completions]
+        arrays = {name: window.arrays[name] for name in SCORES if name in window.arrays}
+        return {
+            "numbers": window.drawn.numbers,
+            "completions": completions,
+            "scores": packed(arrays),
+            "asked": window.asked,
+            "step": window.step,
+        }
+
+    def _restored(self, kept: Mapping[str, Any]) -> Window:
+        completions = [Completion(*fields) for fields in kept["completions"]]
+        drawn = self.draw.submitted(list(kept["numbers"]), completions, kept["step"])
+        arrays = self._arrays(drawn) | unpacked(kept["scores"])
+        return Window(drawn, arrays, kept["asked"], kept["step"], {})
 
     def _joined(self, policy: Weights) -> Params:
         """The policy's weights as the sampler reads them token after token: none is on another row's device."""
@@ -146,68 +196,12 @@ class Rollouts:
         model, layout = self.setup.model, self.setup.layout
         return layout.gathered({path: params[path] for path in model.specs}, model.specs, model.config.dtype)
 
-    def _draw(self, params: Params, asked: int, groups: int, step: int) -> Drawn:
-        """A group of completions of each of the next prompts; the rewards are set to work on them."""
-        numbers = [self.questions.number(asked + i) for i in range(groups)]
-        return self._drawn(self.sampler, params, self.questions, numbers, self.shape.group, asked, step)
-
-    def _drawn(
-        self,
-        sampler: Sampler,
-        params: Params,
-        questions: Questions,
-        numbers: Sequence[int],
-        group: int,
-        asked: int,
-        step: int,
-    ) -> Drawn:
-        prompts = [questions.prompts.kept[number] for number in numbers]
-        seed, first = questions.seed, asked * group
-        completions = sampler(params, prompts, group=group, seed=seed, first_row=first)
-        decode = self.setup.tokenizer.decode
-        texts = [decode(completion.tokens, skip_special_tokens=True) for completion in completions]
-        each = [number for number in numbers for _ in range(group)]
-        epoch = step / self.steps_per_epoch
-        state = {"global_step": step, "max_steps": self.steps, "epoch": epoch}
-        state["num_train_epochs"] = self.stage.num_train_epochs
-        ids = [completion.tokens for completion in completions]
-        batch = rewarded(questions.prompts, each, ids, texts, state)
-        return Drawn(each, completions, texts, self.judge.submit(batch))
-
-    def _refilled(self, drawn: Drawn, params: Params, asked: int, step: int) -> tuple[Drawn, int, Metrics]:
-        """Groups whose rewards are all the same replaced by those of further prompts (arXiv:2503.14476, eq. 11).
-
-        After `max_resample_times` rounds, what is still missing is made up of the groups that were to be replaced.
-        """
-        group, wanted = self.shape.group, self.shape.completions
-        kept: Drawn | None = None
-        spare: Drawn | None = None
-        for round_ in range(self.stage.max_resample_times + 1):  # type: ignore[attr-defined]
-            verdict = drawn.verdict()
-            rewards = verdict.totals(self.stage.reward_weights).reshape(-1, group)
-            varied = rewards.max(axis=1) > rewards.min(axis=1)
-            rows = np.arange(rewards.size).reshape(-1, group)
-            useful = drawn.picked(rows[varied].ravel().tolist(), verdict)
-            told_once = replace(verdict, logged={}, failures=())
-            useless = drawn.picked(rows[~varied].ravel().tolist(), told_once)
-            kept = useful if kept is None else kept + useful
-            spare = useless if spare is None else spare + useless
-            missing = (wanted - len(kept.numbers)) // group
-            if not missing or round_ == self.stage.max_resample_times:  # type: ignore[attr-defined]
-                break
-            drawn, asked = self._draw(params, asked, missing, step), asked + missing
-        assert kept is not None
-        assert spare is not None
-        dropped = len(spare.numbers) // group - missing
-        if missing:
-            kept = kept + spare.picked(range(missing * group), spare.verdict())
-        return kept, asked, {"sampler/groups_resampled": Mean(float(dropped), 1.0)}
-
     def _arrays(self, drawn: Drawn) -> dict[str, np.ndarray]:
         """Prompts and completions as the model reads them, in rows whose lengths are few over a run."""
         kept = self.questions.prompts
         prompts = [kept.kept[number] for number in drawn.numbers]
-        return window_arrays(
+        asked = {"prompt": np.array(drawn.numbers)} if self.setup.vision else {}
+        return asked | window_arrays(
             prompts,
             drawn.completions,
             rounded(max(len(prompt.tokens) for prompt in prompts), int(kept.lengths.max())),
@@ -225,7 +219,7 @@ class Rollouts:
             for name, array in arrays.items()
             if name not in ("stopped", "lengths", "sampler_logps")
         }
-        placed = place_batch(_own_rows(rows, self.setup.layout), self.setup.layout.mesh)
+        placed = place_batch(self._shown(rows), self.setup.layout.mesh)
         found: dict[str, Any] = {}
         if self.policy_scores is not None:
             found |= self.policy_scores(policy.trainable, policy.frozen, placed)
@@ -235,47 +229,30 @@ class Rollouts:
         mask = arrays["mask"]
         return {name: hosts.whole(array).reshape(mask.shape) * mask for name, array in found.items()}
 
+    def _shown(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """This process's rows of arrays [microbatches, rows, ...], with what their prompts show, or with each prompt
+        once if they are shared."""
+        layout, prompts = self.setup.layout, self.questions.prompts.kept
+        if self.setup.shares:
+            batch = joined(batch, layout.rows, self.questions.pad_id)
+        return shown(batch, own_share(layout.mesh), layout.rows, prompts, self.setup.vision)
+
     def evaluate(self) -> Metrics:
         """Rewards and lengths of completions of the held-out prompts, from the weights as they are."""
-        assert self.held_out is not None
-        policy = self.weights()
-        params = self._joined(policy)
+        draw, params = Drawing(self.setup, evaluating=True), self._joined(self.weights())
         group = getattr(self.stage, "num_generations_eval", None) or self.shape.group
-        sampler = self._sampler(evaluating=True)
-        numbers = list(range(len(self.held_out.prompts)))
-        drawn = self._drawn(sampler, params, self.held_out, numbers, group, 0, 0)
-        verdict = drawn.verdict()
+        drawn = draw(params, range(len(draw.questions.prompts)), group, 0, 0)
+        verdict, threshold = drawn.verdict(), self.stage.eval_threshold
         totals = verdict.totals(self.stage.reward_weights)
         reward = {"reward": Mean(float(np.nansum(totals)), float((~np.isnan(totals)).sum()))}
-        return verdict.metrics | reward | length_metrics(drawn.completions)
-
-    def _sampler(self, *, evaluating: bool = False) -> Sampler:
-        setup = self.setup
-        sampling = self.stage.sampling(setup.stop_ids, evaluating=evaluating)
-        layout = setup.layout
-        slots = self.stage.sampler_slots * layout.rows * layout.sequence
-        return Sampler(setup.model, sampling, slots=slots, tokenizer=setup.tokenizer)
+        right = {} if threshold is None else verdict.right(group, threshold)
+        return verdict.metrics | reward | right | length_metrics(drawn.completions)
 
     def _record(self, drawn: Drawn, verdict: Verdict, judged: Any, step: int) -> None:
         """The window's lines of completions.jsonl; some of them are shown, where that is asked for."""
         if jax.process_index() != 0:
             return
-        lines = []
-        for row, number in enumerate(drawn.numbers):
-            scores = dict(zip(self.judge.labels, verdict.scores[row].tolist(), strict=True))
-            lines.append(
-                {
-                    "step": step,
-                    "prompt": self.questions.prompts.kept[number].said,
-                    "completion": drawn.texts[row],
-                    "rewards": {name: None if score != score else score for name, score in scores.items()},
-                    "reward": _number(judged.rewards[row]),
-                    "advantage": _number(judged.advantages[row]),
-                    "tokens": len(drawn.completions[row].tokens),
-                    "finished": drawn.completions[row].finished,
-                    **({"extra": {k: v[row] for k, v in verdict.extra.items()}} if verdict.extra else {}),
-                }
-            )
+        lines = told(drawn, verdict, judged, step, self.questions.prompts)
         append_lines(self.setup.job.folder / COMPLETIONS, lines)
         if self.stage.log_completions:
             self._show(lines)
@@ -297,13 +274,3 @@ def _over_microbatches(score: Callable[[Params, Any], Any] | None, join: Join) -
         return jax.lax.map(lambda micro: score(params, micro), batch)
 
     return jax.jit(scored)
-
-
-def _own_rows(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
-    """This process's rows of arrays [microbatches, rows, ...]."""
-    index, count = own_share(layout.mesh)
-    return {name: np.split(array, count, axis=1)[index] for name, array in batch.items()}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None

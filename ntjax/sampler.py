@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from ntjax.data.pooled import Document, Line, Pooling, pooled, room
 from ntjax.draw import Sampling
 from ntjax.models import Model
+from ntjax.models.vision.pictures import Pictures
 from ntjax.params import Params
 from ntjax.slots import Prompts, Shape, State, Told, doubled, programs
 
@@ -29,6 +31,10 @@ class Prompt(Protocol):
     @property
     def tokens(self) -> Sequence[int]:
         """Its ids, at least one."""
+
+    @property
+    def documents(self) -> Sequence[Document]:
+        """The same, with the pictures that it shows."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Sampler:
     """(weights, prompts) -> completions, by programs that are compiled once for a length of prompts.
 
     `slots` rows decode at a time, split over the devices of the model's layout; a group of rows shares its prompt's
-    cache. A tokenizer is needed for stop strings.
+    cache. A tokenizer is needed for stop strings, a `vision` for prompts that show pictures.
     """
 
     def __init__(
@@ -55,10 +61,11 @@ class Sampler:
         *,
         slots: int = 64,
         tokenizer: Any = None,
+        vision: Pooling | None = None,
     ):
         assert tokenizer is not None or not sampling.stop_strings
         self.model, self.sampling, self.slots = model, sampling, slots
-        self.tokenizer = tokenizer
+        self.tokenizer, self.vision = tokenizer, vision
 
     def __call__(
         self,
@@ -82,7 +89,7 @@ class Sampler:
         )
         slots, first = shape.all_slots, first_row
         compiled = programs(self.model, self.sampling, shape)
-        state = compiled.empty()
+        state, layers = compiled.empty(), compiled.layers(params)
         waiting = iter(enumerate(prompts))
         held: list[int | None] = [None] * slots  # the prompt in each slot
         found: dict[int, list[Completion]] = {}
@@ -92,13 +99,13 @@ class Sampler:
                 Taken(slot, first + number * group, prompt)
                 for slot, (number, prompt) in zip(free, waiting, strict=False)
             ]
-            for batch in _batches(taken, shape):
+            for batch in _batches(taken, shape, self.vision):
                 state = compiled.fill(params, state, batch, seed)
             for slot, row, _ in taken:
                 held[slot] = (row - first) // group
             # While prompts wait, a quarter of the slots; then all.
             enough = max(1, slots // 4) if len(found) + slots < len(prompts) else slots
-            state, told = compiled.decode(params, state, enough)
+            state, told = compiled.decode(params, layers, state, enough)
             read = Told(*map(np.array, jax.device_get(told)))
             state = self._stopped(state, read, held, group)
             for slot, number in enumerate(held):
@@ -159,7 +166,7 @@ def _spread(free: Sequence[int], shape: Shape) -> list[int]:
     return [slot for _, slot in sorted(order)]
 
 
-def _batches(taken: Sequence[Taken], shape: Shape) -> Iterator[Prompts]:
+def _batches(taken: Sequence[Taken], shape: Shape, vision: Pooling | None = None) -> Iterator[Prompts]:
     """What `fill` reads at once: as many prompts of each device's as the one with most has, rounded up to few
     programs."""
     own: list[list[Taken]] = [[] for _ in range(shape.devices)]
@@ -167,10 +174,10 @@ def _batches(taken: Sequence[Taken], shape: Shape) -> Iterator[Prompts]:
         own[one.slot // shape.slots].append(one)
     for at in range(0, max(map(len, own)), shape.most):
         parts = [part[at : at + shape.most] for part in own]
-        yield _padded(parts, doubled(max(map(len, parts))), shape)
+        yield _padded(parts, doubled(max(map(len, parts))), shape, vision)
 
 
-def _padded(parts: Sequence[Sequence[Taken]], count: int, shape: Shape) -> Prompts:
+def _padded(parts: Sequence[Sequence[Taken]], count: int, shape: Shape, vision: Pooling | None) -> Prompts:
     """`count` places for each device's part."""
     ids = np.zeros((len(parts), count, shape.time), np.int32)
     lengths, into = np.ones(ids.shape[:2], np.int32), np.full(ids.shape[:2], shape.slots, np.int32)
@@ -180,4 +187,14 @@ def _padded(parts: Sequence[Sequence[Taken]], count: int, shape: Shape) -> Promp
             where, tokens = (device, place), prompt.tokens
             ids[device, place, : len(tokens)], lengths[where] = tokens, len(tokens)
             into[where], numbers[where] = slot % shape.slots, row
-    return Prompts(ids.reshape(-1, shape.time), lengths.ravel(), into.ravel(), numbers.ravel())
+    pictures = None
+    if vision is not None:
+        lines = [[list(one.prompt.documents) for one in part] + [[]] * (count - len(part)) for part in parts]
+        pictures = _shown([line for part in lines for line in part], shape, vision)
+    return Prompts(ids.reshape(-1, shape.time), lengths.ravel(), into.ravel(), numbers.ravel(), pictures)
+
+
+def _shown(lines: Sequence[Line], shape: Shape, vision: Pooling) -> Pictures | None:
+    """The pictures of prompts, in a pool for each device."""
+    space = room([lines], shape.devices, vision)
+    return Pictures.of(pooled(lines, shape.time, shape.devices, space, vision)) if space else None  # type: ignore[arg-type]

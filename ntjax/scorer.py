@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ntjax.data.chat import Message
 from ntjax.data.loader import rounded
+from ntjax.data.placeholders import worded
 from ntjax.data.spans import rendered
 from ntjax.errors import ConfigError
 from ntjax.hf.files import Source, read_config
@@ -85,7 +86,8 @@ class Scorer:
         return found
 
     def tokens(self, prompts: Sequence[Said], completions: Sequence[Said]) -> list[list[int]]:
-        """What is scored: text after text, or a conversation in the reward model's own chat template.
+        """What is scored: text after text, or a conversation in the reward model's own chat template, without the
+        images that it shows.
 
         Raises ConfigError for conversations where the reward model has no chat template.
         """
@@ -97,7 +99,11 @@ class Scorer:
         if isinstance(prompt, str):
             assert isinstance(completion, str)
             return prompt + completion
-        return rendered(self.tokenizer, [*prompt, *completion], self.template, str(self.folder))
+        turns = [
+            {name: worded(value) if name == "content" else value for name, value in turn.items()}
+            for turn in (*prompt, *completion)
+        ]
+        return rendered(self.tokenizer, turns, self.template, str(self.folder))
 
     def _forward(self, documents: Sequence[Sequence[int]]) -> jax.Array:
         """Scores [R] of at most R documents, those of empty rows after them."""

@@ -25,6 +25,7 @@ from ntjax.draw import Sampling, draw
 from ntjax.layout import MANUAL, Layout
 from ntjax.mesh import replicated
 from ntjax.models import Cache, Model
+from ntjax.models.vision.pictures import Pictures
 from ntjax.ops.attention import Kept, Tokens
 from ntjax.params import Params
 from ntjax.weights import einsum
@@ -68,6 +69,7 @@ class Prompts(NamedTuple):
     lengths: Any  # [N]
     into: Any  # [N] slots, numbered on each device by themselves
     numbers: Any  # [N] of each prompt's first row
+    pictures: Pictures | None = None  # a group for each device
 
 
 class Entries(NamedTuple):
@@ -79,6 +81,7 @@ class Entries(NamedTuple):
     last: jax.Array  # [N, D]
     lengths: jax.Array  # [N]
     keys: jax.Array  # [N, G]
+    shift: jax.Array  # [N]
     seen: jax.Array | None  # [N, V]
 
 
@@ -113,8 +116,9 @@ class Programs(NamedTuple):
     """What is compiled for one shape."""
 
     empty: Callable[[], State]
+    layers: Callable[[Params], Any]
     fill: Callable[[Params, State, Prompts, Any], State]
-    decode: Callable[[Params, State, Any], tuple[State, Told]]
+    decode: Callable[[Params, Any, State, Any], tuple[State, Told]]
 
 
 @lru_cache(maxsize=16)
@@ -126,8 +130,9 @@ def programs(model: Model, sampling: Sampling, shape: Shape) -> Programs:
         where, whole = formats(jax.eval_shape(slots.empty), layout), replicated(layout.mesh)
     return Programs(
         jax.jit(slots.empty, out_shardings=where),
+        jax.jit(slots.layers),
         jax.jit(slots.fill, donate_argnums=1, out_shardings=where),
-        jax.jit(slots.decode, donate_argnums=1, out_shardings=(where, whole)),
+        jax.jit(slots.decode, donate_argnums=2, out_shardings=(where, whole)),
     )
 
 
@@ -185,16 +190,19 @@ class _Slots:
 
     def fill(self, params: Params, state: State, prompts: Prompts, seed: jax.Array) -> State:
         """The state with prompts in their slots, whose rows draw from `seed` and their numbers."""
-        ids, lengths, into, numbers = self._dealt(prompts)
+        ids, lengths, into, numbers, pictures = self._dealt(prompts)
         time = jnp.broadcast_to(jnp.arange(self.shape.time), ids.shape)
         at = Tokens(time, (time < lengths[:, None]).astype(jnp.int32))
-        hidden, kept = self.model.prefill(params, ids, at)
+        hidden, kept = self.model.prefill(params, ids, at, pictures)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         draws = numbers[:, None] + jnp.arange(self.shape.group)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))
         keys = fold(jax.random.key(seed), draws)
         seen = None if state.seen is None else self._said(ids, at)
-        entries = Entries(into, kept, at, last, lengths, keys, seen)
+        shift = jnp.zeros_like(lengths)
+        if pictures is not None and pictures.places is not None:
+            shift = jnp.max(pictures.places, axis=(1, 2)) + 1 - lengths
+        entries = Entries(into, kept, at, last, lengths, keys, shift, seen)
         return self._by_device(state, entries)
 
     def _dealt(self, prompts: Prompts) -> Prompts:
@@ -250,7 +258,8 @@ class _Slots:
             for old, entry in zip(cache.layers, new.kept, strict=True)
         )
         own = cache.own._replace(segments=put_rows(cache.own.segments, 0))
-        cache = Cache(layers, jax.tree.map(put, cache.prompts, new.at), own, cache.at)
+        shift = put_groups(cache.shift, new.shift)
+        cache = Cache(layers, jax.tree.map(put, cache.prompts, new.at), own, cache.at, shift)
         return state.replace(  # type: ignore[attr-defined]
             cache=cache,
             last=put_groups(state.last, new.last),
@@ -261,10 +270,15 @@ class _Slots:
             seen=None if state.seen is None else put_groups(state.seen, new.seen),
         )
 
-    def decode(self, params: Params, state: State, enough: jax.Array) -> tuple[State, Told]:
+    def layers(self, params: Params) -> Any:
+        """What `decode` is given of the weights: the layers one by one where it takes them so, which copies them, once
+        for all of its calls; nothing where it takes their stack."""
+        return self.model.layers(params) if len(self.model.parts) > 1 else None
+
+    def decode(self, params: Params, layers: Any, state: State, enough: jax.Array) -> tuple[State, Told]:
         """The state some tokens later, at most `STEPS`: when `enough` slots have nothing to draw."""
-        head, layers = self.model.head(params), self.model.layers(params)
-        shape = self.shape
+        head, shape = self.model.head(params), self.shape
+        layers = self.model.layers(params) if layers is None else layers
 
         def goes_on(carry: tuple[jax.Array, State]) -> jax.Array:
             free = carry[1].done.reshape(shape.all_slots, shape.group).all(axis=1).sum()

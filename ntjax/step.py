@@ -9,8 +9,9 @@ divided once by the summed weight, so one microbatch or eight give the same upda
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -76,12 +77,14 @@ def train_step(
     join: Join = union,
     seed: int = 0,
     shared: Callable[[Params], Params] = lambda gradients: gradients,
+    factors: Mapping[str, float] = MappingProxyType({}),
 ) -> Step:
     """The step that minimises `loss`; compiled by the caller.
 
     `join` makes the weights that `loss` takes of the frozen and the trainable ones, with a key that depends on the
     seed, the step and the microbatch alone, so that a resumed run drops out what it would have dropped out.
-    Gradients and updates lie where `shared` puts them on the devices.
+    Gradients and updates lie where `shared` puts them on the devices. A weight's learning rate is the schedule's times
+    what `factors` has for its path, decay with it.
     Gradients are clipped to a global norm of `max_grad_norm` (0: not at all). If any gradient is not finite the
     weights and the optimizer's state stay bit for bit what they were; the metric `skipped` counts it.
     """
@@ -102,19 +105,23 @@ def train_step(
             scale *= jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         rate, before = schedule(state.step), whole(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, before)
-        updates = shared(updates)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), before, updates)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (before, state.opt_state)
-        )
+
+        def moved(params: Params, opt_state: Any) -> tuple[Params, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            updates = shared(updates)
+            rates = {path: rate * factors.get(path, 1.0) for path in params}
+            return {
+                path: (p - rates[path] * updates[path]).astype(p.dtype) for path, p in params.items()
+            }, opt_state
+
+        # A branch instead of a choice between old and new numbers: XLA can then write these over those.
+        params, opt_state = jax.lax.cond(finite, moved, lambda *kept: kept, before, state.opt_state)
         one = jnp.ones(())
         metrics = metrics | {
             "grad_norm": Mean(norm, one),
             "learning_rate": Mean(rate, one),
             "skipped": Mean(1.0 - finite, one),
         }
-        params, opt_state = kept
         return TrainState(state.step + 1, params, opt_state, state.reference), metrics
 
     return step

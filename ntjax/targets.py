@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -32,11 +32,12 @@ class Rules:
     config: LoraConfig
     linear: tuple[str, ...]  # modules that can have an adapter
     other: tuple[str, ...]  # and those that can't
+    frozen: frozenset[str] = frozenset()  # of both: nothing of these is trained, whatever the config names
 
     def adapts(self, module: str) -> bool:
         """Whether the module gets an adapter."""
         targets, layers = self.config.target_modules, self.config.layers_to_transform
-        if matches(self.config.exclude_modules, module) or self.saves(module):
+        if module in self.frozen or matches(self.config.exclude_modules, module) or self.saves(module):
             return False
         if layers and targets is not None and module not in targets:
             number = re.match(r".*?\.[^.]*\.(\d+)\.", module)
@@ -46,6 +47,8 @@ class Rules:
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names the module, or one it is in, by the end of its name."""
+        if module in self.frozen:
+            return False
         return any(_ends(name, module) for name in self.config.modules_to_save or ())
 
     def trains(self, spec: Spec, module: str) -> bool:
@@ -67,10 +70,14 @@ class Rules:
         return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
 
-def rules(config: LoraConfig, specs: Specs, *, where: Where, unmatched: bool) -> Rules:
-    """The rules of `config` for a model. Raises ConfigError as `lora.plan` says."""
-    linear = tuple(module for spec in specs.values() if spec.inputs for _, module in modules(spec))
-    others = [spec for spec in specs.values() if not spec.inputs and not spec.hf.endswith(".bias")]
+def rules(
+    config: LoraConfig, specs: Specs, *, where: Where, unmatched: bool, frozen: Collection[str] = ()
+) -> Rules:
+    """The rules of `config` for a model, of which the weights at the paths `frozen` stay as they are. Raises
+    ConfigError as `lora.plan` says."""
+    linear = tuple(module for spec in specs.values() if spec.linear for _, module in modules(spec))
+    others = [spec for spec in specs.values() if not spec.linear and not spec.hf.endswith("bias")]
+    still = [spec for path, spec in specs.items() if path in frozen and not spec.hf.endswith("bias")]
     if isinstance(config.target_modules, str) and config.layers_to_transform:
         raise ConfigError(
             "layers_to_transform goes with a list of names in target_modules, not with an expression",
@@ -83,7 +90,8 @@ def rules(config: LoraConfig, specs: Specs, *, where: Where, unmatched: bool) ->
     heads = ("score",) if "score" in specs else ()
     saved = (*(config.modules_to_save or ()), *heads)
     written = replace(config, target_modules=targets, modules_to_save=saved)
-    found = Rules(written, linear, tuple(module for spec in others for _, module in modules(spec)))
+    other, kept = (tuple(m for spec in some for _, m in modules(spec)) for some in (others, still))
+    found = Rules(written, linear, other, frozenset(kept))
     _check_targets(found, tied(specs), where)
     if not unmatched:
         _check_names(found, where)
@@ -129,7 +137,8 @@ def _ends(name: str, module: str) -> bool:
 
 
 def _check_targets(rules: Rules, tied: bool, where: Where) -> None:
-    linear = f"the linear layers are {', '.join(short(rules.linear))}"
+    free = [module for module in rules.linear if module not in rules.frozen]
+    linear = f"the linear layers are {', '.join(short(free)) or 'all frozen'}"
     for module in rules.other:
         if rules.adapts(module):
             raise ConfigError(
@@ -154,7 +163,7 @@ def _check_targets(rules: Rules, tied: bool, where: Where) -> None:
 def _check_names(rules: Rules, where: Where) -> None:
     """Raises ConfigError for a name, an expression or a layer that is nowhere in the model."""
     config, every = rules.config, (*rules.linear, *rules.other)
-    adapted = [module for module in rules.linear if rules.adapts(module)]
+    adapted = [module for module in rules.linear if rules.adapts(module) or module in rules.frozen]
     for setting, names, there in (
         ("target_modules", config.target_modules, lambda name: any(matches([name], m) for m in rules.linear)),
         ("exclude_modules", config.exclude_modules, lambda name: any(matches([name], m) for m in every)),

@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,14 +21,17 @@ from ntjax.checkpoint import Checkpoints
 from ntjax.errors import ConfigError, Diverged, Preempted
 from ntjax.feed import Fed, Feed, Planned, Questions, Streamed
 from ntjax.layout import Layout
+from ntjax.logs import open_log
 from ntjax.mesh import on_host, place_batch, replicated
-from ntjax.metrics import Metrics, MetricsLog, WandbSettings, Window, add, finish, read_metrics, rewind
+from ntjax.metrics import Metrics, Window, add, finish, read_metrics, rewind
 from ntjax.models import Model
 from ntjax.optim import direction, schedule
 from ntjax.params import Params, Specs
-from ntjax.policy import Policy, load_policy, size, with_values
-from ntjax.prepare import Job, Setup
+from ntjax.parts import factors
+from ntjax.policy import VALUE, Policy, load_policy, size, with_values
+from ntjax.prepare import Setup
 from ntjax.progress import Progress
+from ntjax.record import Best, better
 from ntjax.reference import reference_scores, with_reference
 from ntjax.result import export, origin
 from ntjax.rollout import COMPLETIONS, Rollouts, Weights
@@ -42,14 +44,15 @@ MAX_SKIPPED = 5  # non-finite steps in a row before the run is called diverged
 log = logging.getLogger(__name__)
 
 
-def train(setup: Setup, stop: StopRequest) -> None:
-    """Trains the stage to its end and leaves a Hugging Face folder, or saves and raises `Preempted` on a signal."""
+def train(setup: Setup, stop: StopRequest, report: Callable[[], None] = lambda: None) -> None:
+    """Trains the stage to its end and leaves a Hugging Face folder, or saves and raises `Preempted` on a signal.
+    `report` is called at every save."""
     job, stage = setup.job, setup.job.stage
     job.folder.mkdir(parents=True, exist_ok=True)
     policy = start(setup)
     setup, reference = with_reference(setup, policy)
     checkpoints = Checkpoints(job.folder, keep=stage.save_total_limit, best=best_mode(stage))
-    loop = Loop(setup, policy, reference, checkpoints)
+    loop = Loop(setup, policy, reference, checkpoints, report)
     policy = replace(
         policy, trainable={}
     )  # the loop's now, which lets them go when a checkpoint replaces them
@@ -78,14 +81,11 @@ def train(setup: Setup, stop: StopRequest) -> None:
     watchdog.disarm()
 
 
-def best_mode(stage: StageConfig) -> Any:
+def best_mode(stage: StageConfig) -> Best | None:
     """Whether the best checkpoint is the one with the lowest or the highest metric; None without evaluation."""
     if not stage.do_eval:
         return None
-    higher = stage.greater_is_better
-    if higher is None:
-        higher = not (stage.metric_for_best_model or stage.best_metric).endswith(("loss", "perplexity"))
-    return "max" if higher else "min"
+    return better(stage.metric_for_best_model or stage.best_metric, stage.greater_is_better)
 
 
 def stage_step(
@@ -95,12 +95,13 @@ def stage_step(
     model's weights."""
     assert stage.seed is not None
     optimizer, rate = direction(stage, specs), schedule(stage, steps)
+    own = factors(stage, model.specs, {path: spec for path, spec in specs.items() if path != VALUE})
 
     def shared(gradients: Params) -> Params:
         return layout.shared(gradients, specs)
 
     loss, clip = stage.loss(model), stage.max_grad_norm
-    return train_step(loss, optimizer, rate, clip, join, stage.seed, shared), optimizer
+    return train_step(loss, optimizer, rate, clip, join, stage.seed, shared, own), optimizer
 
 
 class Loop:
@@ -115,6 +116,7 @@ class Loop:
         policy: Policy,
         reference: Params | None,
         checkpoints: Checkpoints,
+        report: Callable[[], None] = lambda: None,
     ):
         job, self.stage = setup.job, setup.job.stage
         assert self.stage.seed is not None
@@ -124,7 +126,9 @@ class Loop:
         trainable = layout.put(policy.trainable, specs)
         state = initial_state(trainable, optimizer, lambda state: layout.of_state(state, specs))
         if getattr(self.stage, "sync_ref_model", False):
-            state, reference = replace(state, reference=reference), None
+            assert reference is not None
+            moving = {path: reference.pop(path) for path in state.params}
+            state = replace(state, reference=moving)
         state = replace(state, step=jax.device_put(state.step, replicated(layout.mesh)))
         if job.config.mesh.offload_optimizer:
             near = jax.tree.map(lambda x: x.sharding, state.opt_state)
@@ -135,7 +139,7 @@ class Loop:
         self.state = state
         # The step gives everything back where it was: else the second step would be compiled anew.
         places = jax.tree.map(lambda x: x.sharding, self.state)
-        self.setup, self.checkpoints = setup, checkpoints
+        self.setup, self.checkpoints, self.report = setup, checkpoints, report
         self.frozen, self.reference = policy.frozen, reference
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
         self.evaluate_batch = jax.jit(eval_step(loss, policy.join))
@@ -161,7 +165,9 @@ class Loop:
 
     def weights(self) -> Weights:
         """The policy and its reference after the steps dispatched."""
-        reference = self.reference if self.state.reference is None else self.state.reference
+        reference = self.reference
+        if self.state.reference is not None:
+            reference = {**(reference or {}), **self.state.reference}
         return Weights(self.state.params, self.frozen, reference)
 
     def restore(self) -> None:
@@ -308,6 +314,7 @@ class Loop:
             **origin(self.setup),
         }
         self.checkpoints.save(self.done, self.state, meta, self.last_metric)
+        self.report()
 
     def preempt(self, signal: str) -> None:
         """Saves, waits until it is on disk, and ends the run with the exit code that says start me again."""
@@ -350,36 +357,6 @@ def fetching(step: Step, near: Any) -> Step:
     return fetched
 
 
-def open_log(job: Job) -> MetricsLog:
-    """The log of the stage; of several processes only the first has one that keeps anything."""
-    if not hosts.first():
-        return MetricsLog(None)
-    return MetricsLog(job.folder, tensorboard=_tensorboard(job), wandb=_wandb(job))
-
-
-def _tensorboard(job: Job) -> Path | None:
-    config = job.config
-    if not config.use_tensorboard:
-        return None
-    return (
-        Path(config.logging_dir) / job.stage.stage_name if config.logging_dir else job.folder / "tensorboard"
-    )
-
-
-def _wandb(job: Job) -> WandbSettings | None:
-    config = job.config
-    if not config.use_wandb:
-        return None
-    run = job.folder.parent.name
-    return WandbSettings(
-        project=config.wandb_project or "ntjax",
-        entity=config.wandb_entity,
-        name=f"{config.task_name}/{run}/{job.stage.stage_name}",
-        run_id=f"{run}-{job.stage.stage_name}",
-        config=asdict(job.stage),
-    )
-
-
 def start(setup: Setup) -> Policy:
     """The stage's weights before its first step."""
     job, stage, specs = setup.job, setup.job.stage, setup.model.specs
@@ -392,6 +369,7 @@ def start(setup: Setup) -> Policy:
         adapter=setup.adapter,
         seed=stage.seed,
         layout=setup.layout,
+        frozen=setup.frozen,
     )
     if stage.values:
         before = job.adapter.parent if job.adapter else job.source

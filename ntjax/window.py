@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ntjax.data.prompts import Prompt
+from ntjax.data.batch import Example
+from ntjax.data.pooled import Pooling, pooled, room
+from ntjax.data.prompts import Prompt, Prompts
 from ntjax.judge import Verdict
 from ntjax.metrics import Mean, Metrics
 from ntjax.sampler import Completion
+from ntjax.stages.rollout import Judged
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,75 @@ def window_arrays(
         arrays["mask"][row, :new] = True
         arrays["sampler_logps"][row, :new] = completion.logprobs
     return arrays
+
+
+def shown(
+    batch: Mapping[str, np.ndarray],
+    share: tuple[int, int],
+    groups: int,
+    prompts: Sequence[Prompt],
+    vision: Pooling | None,
+) -> dict[str, np.ndarray]:
+    """A process's share of a batch [microbatches, rows, ...], whose rows are in so many groups over all processes.
+
+    With `vision`, `prompt` [microbatches, rows] is replaced by the arrays of those prompts' pictures.
+    """
+    index, count = share
+
+    def own(array: np.ndarray) -> np.ndarray:
+        return np.split(array, count, axis=1)[index]
+
+    if vision is None:
+        return {name: own(array) for name, array in batch.items()}
+    numbers, lengths = batch["prompt"], (batch["segments"] > 0).sum(axis=-1)
+    mask = np.zeros(batch["tokens"].shape[-1], np.bool_)
+
+    def line(at: tuple[int, int]) -> list[Example]:
+        tokens = batch["tokens"][at][: lengths[at]]
+        return [Example(tokens, mask[: len(tokens)], pictures=prompts[numbers[at]].pictures)]
+
+    micros, rows = numbers.shape
+    lines = [[line((micro, row)) for row in range(rows)] for micro in range(micros)]
+    found = {name: own(array) for name, array in batch.items() if name != "prompt"}
+    space = room(lines, groups, vision)
+    if space is None:
+        return found
+    mine = slice(index * rows // count, (index + 1) * rows // count)
+    each = [pooled(some[mine], len(mask), groups // count, space, vision) for some in lines]
+    return found | {name: np.stack([arrays[name] for arrays in each]) for name in each[0]}
+
+
+def lines_of(drawn: Drawn, verdict: Verdict, prompts: Prompts) -> list[dict[str, Any]]:
+    """Completions with what their rewards say, an object each, for a file."""
+    lines = []
+    for row, number in enumerate(drawn.numbers):
+        prompt, completion = prompts.kept[number], drawn.completions[row]
+        scores = zip(verdict.labels, verdict.scores[row].tolist(), strict=True)
+        lines.append(
+            {
+                "prompt": prompt.said,
+                **({"images": [picture.name for picture in prompt.pictures]} if prompt.pictures else {}),
+                "completion": drawn.texts[row],
+                "rewards": {name: _finite(score) for name, score in scores},
+                "tokens": len(completion.tokens),
+                "finished": completion.finished,
+                **({"extra": {k: v[row] for k, v in verdict.extra.items()}} if verdict.extra else {}),
+            }
+        )
+    return lines
+
+
+def told(drawn: Drawn, verdict: Verdict, judged: Judged, step: int, prompts: Prompts) -> list[dict[str, Any]]:
+    """The lines of completions.jsonl that a window has."""
+    each = zip(judged.rewards, judged.advantages, lines_of(drawn, verdict, prompts), strict=True)
+    return [
+        {"step": step, **line, "reward": _finite(reward), "advantage": _finite(advantage)}
+        for reward, advantage, line in each
+    ]
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def length_metrics(completions: Sequence[Completion]) -> Metrics:

@@ -5,15 +5,20 @@
 pirate, pirate_eval: plain facts as conversations, answered by a pirate. sft: the same facts as prompt and
 response. preferences: a prompt with a polite, short answer (chosen) and a rude or rambling one (rejected).
 text: paragraphs on towns that don't exist. sums, sums_eval: sums and differences of one digit, as a conversation that
-waits for its answer, and the answer in a column of its own, for a reward.
+waits for its answer, and the answer in a column of its own, for a reward. shapes, shape_pairs, shape_prompts: drawings
+in shapes/ and what they show, as LLaVA's conversations, as preferences and as questions with the answer in a column of
+its own; shapes/tower.json is a small vision tower for them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
+
+from PIL import Image, ImageDraw
 
 FOLDER = Path(__file__).parent.parent / "configs" / "data"
 
@@ -37,6 +42,22 @@ RAMBLES = [
     "It is hard to say where to begin, so I will begin somewhere else, as one does, and then come back, or not",
 ]
 
+PAINTS = ("red", "green", "blue", "orange", "purple", "black")
+OUTLINES = {
+    "square": ("rectangle", (12, 12, 36, 36)),
+    "circle": ("ellipse", (10, 10, 38, 38)),
+    "triangle": ("polygon", (24, 8, 40, 40, 8, 40)),
+    "bar": ("rectangle", (4, 20, 44, 28)),
+}
+TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 48,
+    "patch_size": 12,
+}
 TOWNS = [
     "Arlen",
     "Birkholm",
@@ -171,6 +192,45 @@ def sum_rows(dice: random.Random) -> list[dict]:
     return [{"prompt": [{"role": "user", "content": asked}], "answer": str(answer)} for asked, answer in rows]
 
 
+def shape_rows() -> list[tuple[str, str, str]]:
+    """Draws every shape in every colour: (file, colour, shape)."""
+    (FOLDER / "shapes").mkdir(exist_ok=True)
+    rows = []
+    for number, (colour, shape) in enumerate(itertools.product(PAINTS, OUTLINES)):
+        image = Image.new("RGB", (48 + 8 * (number % 3), 48 + 8 * (number % 2)), "white")
+        draw = ImageDraw.Draw(image)
+        getattr(draw, OUTLINES[shape][0])(OUTLINES[shape][1], fill=colour)
+        name = f"shapes/{colour}_{shape}.png"
+        image.save(FOLDER / name, optimize=True)
+        rows.append((name, colour, shape))
+    return rows
+
+
+def shape_data(rows: list[tuple[str, str, str]]) -> dict[str, list[dict]]:
+    """The same drawings for three kinds of stage."""
+    found: dict[str, list[dict]] = {"shapes": [], "shape_pairs": [], "shape_prompts": []}
+    for number, (name, colour, shape) in enumerate(rows):
+        right, wrong = (
+            f"A {colour} {shape}.",
+            f"A {PAINTS[(number // len(OUTLINES) + 1) % len(PAINTS)]} {shape}.",
+        )
+        asked = {"from": "human", "value": "<image>\nWhat is this?"}
+        found["shapes"].append({"image": name, "conversations": [asked, {"from": "gpt", "value": right}]})
+        question = [{"role": "user", "content": "<image>\nWhat is this?"}]
+        answers = {
+            side: [{"role": "assistant", "content": text}]
+            for side, text in (("chosen", right), ("rejected", wrong))
+        }
+        found["shape_pairs"].append({"image": name, "prompt": question, **answers})
+        found["shape_prompts"].append({"image": name, "prompt": question, "answer": right})
+    two = [f"<image> and <image>: which is {rows[0][1]}?", "The first."]
+    turns = [{"from": "human", "value": two[0]}, {"from": "gpt", "value": two[1]}]
+    found["shapes"].append({"image": [rows[0][0], rows[-1][0]], "conversations": turns})
+    turns = [{"from": "human", "value": "How many sides has a triangle?"}, {"from": "gpt", "value": "Three."}]
+    found["shapes"].append({"conversations": turns})
+    return found
+
+
 def write(name: str, rows: Iterable[dict]) -> None:
     """One row a line."""
     (FOLDER / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -188,6 +248,9 @@ def main() -> None:
     sums = sum_rows(random.Random(11))
     write("sums.jsonl", sums[48:])
     write("sums_eval.jsonl", sums[:48])
+    for name, rows in shape_data(shape_rows()).items():
+        write(f"{name}.jsonl", rows)
+    (FOLDER / "shapes" / "tower.json").write_text(json.dumps(TOWER, indent=2) + "\n")
 
 
 if __name__ == "__main__":

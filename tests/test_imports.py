@@ -13,13 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[1] / "ntjax"
 ABOVE = {"models", "stages", "pipeline", "trainer", "sampler", "slots", "estimate"}
 COMMANDS = {path.stem for path in ROOT.glob("*.py")} & {
-    *("train", "plan", "inspect", "generate", "export", "import", "eval", "report", "launch", "__main__")
+    *("train", "plan", "inspect", "generate", "export", "import", "eval", "report", "launch", "__main__"),
+    *("doctor", "init", "schema", "completion"),
 }
 
 # Package or module -> the parts of ntjax it may import, itself aside.
 ONLY = {
     "errors": set(),
     "lookup": {"errors"},
+    "marks": set(),
     "params": set(),
     "quantised": set(),
     "mesh": {"errors"},
@@ -27,9 +29,9 @@ ONLY = {
     "layout": {"weights", "quantised", "params", "mesh", "errors"},
     "metrics": {"errors"},
     "ops": {"weights", "mesh", "errors", "config.remat"},
-    "models": {"ops", "params", "weights", "layout", "mesh", "errors"},
+    "models": {"ops", "params", "weights", "layout", "mesh", "errors", "marks"},
     "losses": {"errors", "metrics", "ops.logprobs"},
-    "data": {"errors"},
+    "data": {"errors", "marks"},
     "rewards": {"errors", "lookup"},
 }
 NEVER = {"torch", "trl", "peft", "bitsandbytes", "tests"}

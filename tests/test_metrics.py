@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
 import io
 import json
 import math
+import os
 import resource
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 import pytest
 
 from ntjax.errors import ConfigError
-from ntjax.metrics import Mean, MetricsLog, WandbSettings, Window, add, finish, read_metrics, rewind
+from ntjax.metrics import Mean, MetricsLog, Tracked, Window, add, finish, read_metrics, rewind
 from ntjax.progress import Progress, duration
 
 NAN = float("nan")
@@ -204,7 +207,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_wandb_gets_the_same_names(tmp_path: Path, wandb: Any) -> None:
-    log = MetricsLog(tmp_path, wandb=WandbSettings("ntjax"))
+    log = MetricsLog(tmp_path, wandb=Tracked("ntjax"))
     log.write({"step": 10, "loss": 1.5, "eval_loss": 2.5})
     log.close()
     assert wandb.run.logged == [{"train/loss": 1.5, "eval/loss": 2.5, "train/global_step": 10}]
@@ -213,7 +216,7 @@ def test_wandb_gets_the_same_names(tmp_path: Path, wandb: Any) -> None:
 def test_training_goes_on_when_wandb_is_down(
     tmp_path: Path, wandb: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log = MetricsLog(tmp_path, wandb=WandbSettings("ntjax"))
+    log = MetricsLog(tmp_path, wandb=Tracked("ntjax"))
     wandb.run.down = True
     for step in (1, 2, 3):
         log.write({"step": step, "loss": 1.0})
@@ -229,7 +232,7 @@ def test_training_starts_when_wandb_is_down(
         raise ConnectionError("no route to host")
 
     wandb.init = unreachable
-    log = MetricsLog(tmp_path, wandb=WandbSettings("ntjax"))
+    log = MetricsLog(tmp_path, wandb=Tracked("ntjax"))
     log.write({"step": 1, "loss": 1.0})
     log.close()
     assert "no route to host" in caplog.text
@@ -241,23 +244,100 @@ def test_wandb_without_a_login_is_a_config_error(tmp_path: Path, wandb: Any) -> 
 
     wandb.init = refuse
     with pytest.raises(ConfigError, match="wandb login"):
-        MetricsLog(tmp_path, wandb=WandbSettings("ntjax"))
+        MetricsLog(tmp_path, wandb=Tracked("ntjax"))
 
 
-def test_wandb_that_is_not_installed_is_a_config_error(
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_a_config_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)  # how Python is told that there is none
+    with pytest.raises(ConfigError, match=rf'pip install "ntjax\[{name}\]"') as raised:
+        MetricsLog(tmp_path, **{name: Tracked("ntjax")})
+    assert raised.value.exit_code == 78
+
+
+def test_wandb_itself_takes_a_stage_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = builtins.__import__
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = MetricsLog(tmp_path, wandb=Tracked("ntjax", name="task/run/sft_stage", run_id="run-sft_stage"))
+    for step, loss in ((1, 2.5), (2, 1.5)):
+        log.write({"step": step, "loss": loss})
+    log.close()
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    wanted, deadline = (b"train/loss", b"train/global_step", b"2.5", b"1.5"), time.monotonic() + 10
+    while not all(text in written.read_bytes() for text in wanted):  # a process of W&B's own writes it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
-    def without_wandb(name: str, *rest: Any, **kwargs: Any) -> Any:
-        if name == "wandb":
-            raise ImportError(name)
-        return real(name, *rest, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without_wandb)
-    with pytest.raises(ConfigError, match=r'pip install "ntjax\[wandb\]"') as raised:
-        MetricsLog(tmp_path, wandb=WandbSettings("ntjax"))
-    assert raised.value.exit_code == 78
+# --- Trackio, whose API is W&B's: init, log, finish ---------------------------------------
+
+
+@pytest.fixture
+def trackio(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module, run, logged = types.ModuleType("trackio"), FakeRun(), []
+    run.log = lambda values, step: logged.append((step, values))  # type: ignore[assignment, misc]
+    module.asked, module.logged = {}, logged  # type: ignore[attr-defined]
+    module.init = lambda **options: module.asked.update(options) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    return module
+
+
+def test_trackio_gets_the_same_names_and_the_step(tmp_path: Path, trackio: Any) -> None:
+    log = MetricsLog(tmp_path, trackio=Tracked("ntjax", name="task/run/sft_stage"))
+    log.write({"step": 10, "loss": 1.5, "eval_loss": 2.5})
+    log.close()
+    assert trackio.logged == [(10, {"train/loss": 1.5, "eval/loss": 2.5})]
+    assert (trackio.asked["name"], trackio.asked["resume"]) == ("task/run/sft_stage", "allow")
+    assert "space_id" not in trackio.asked, "what is logged stays on this machine"
+
+
+def test_training_starts_when_trackio_fails(
+    tmp_path: Path, trackio: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(**options: Any) -> None:
+        raise OSError("no space left on device")
+
+    trackio.init = full
+    log = MetricsLog(tmp_path, trackio=Tracked("ntjax"))
+    log.write({"step": 1, "loss": 1.0})
+    log.close()
+    assert "Trackio can't be written, training goes on" in caplog.text
+    assert len(read_metrics(tmp_path)) == 1
+
+
+TRACKED = """
+import sys
+from pathlib import Path
+from ntjax.metrics import MetricsLog, Tracked
+
+for stage, steps in (("sft", (1, 2)), ("dpo", (1,)), ("sft", (3,))):  # the first one is resumed after the second
+    log = MetricsLog(Path(sys.argv[1]), trackio=Tracked("ntjax", name=f"task/run/{stage}", config={"seed": 1}))
+    for step in steps:
+        log.write({"step": step, "loss": step / 2})
+    log.close()
+from trackio.sqlite_storage import SQLiteStorage
+for stage in ("sft", "dpo"):
+    print([(x["step"], x["train/loss"]) for x in SQLiteStorage.get_logs("ntjax", f"task/run/{stage}")])
+"""
+
+
+def test_trackio_itself_takes_two_stages_one_of_them_resumed(tmp_path: Path) -> None:
+    if importlib.util.find_spec("trackio") is None:
+        pytest.skip("the extra trackio is not installed")
+    ran = subprocess.run(  # it reads where it writes when it is imported
+        [sys.executable, "-c", TRACKED, str(tmp_path)],
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = [line for line in ran.stdout.splitlines() if line.startswith("[(")]
+    assert found == ["[(1, 0.5), (2, 1.0), (3, 1.5)]", "[(1, 0.5)]"]
 
 
 # --- progress -----------------------------------------------------------------------------

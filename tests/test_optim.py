@@ -108,6 +108,32 @@ def test_adamw_is_torchs() -> None:
     assert float(jnp.abs(ours["embed"] - start["embed"]).max()) > RATE
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "lion", "muon"])
+def test_the_first_moment_alone_is_kept_in_mu_dtype(optimizer: str) -> None:
+    transform = direction(settings(optimizer=optimizer, mu_dtype="bfloat16"), tiny().specs)
+    state = jax.eval_shape(transform.init, gradients(0))
+    kinds = {
+        next(str(key.name) for key in reversed(path) if isinstance(key, jax.tree_util.GetAttrKey)): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if leaf.size > 100
+    }
+    assert kinds.pop("mu") == jnp.bfloat16
+    assert set(kinds.values()) <= {jnp.dtype("float32")}
+
+
+def test_adamw_rounds_its_first_moment_between_steps() -> None:
+    path = "blocks.mlp.up"
+    start, grads = stacked(torch_model(HF).state_dict(), tiny().specs), [gradients(i) for i in range(3)]
+    ours = trained(settings(mu_dtype="bfloat16"), start, 3)[path]
+    p, mu, nu = start[path], jnp.zeros(()), jnp.zeros(())
+    for step, g in enumerate((g[path] for g in grads), start=1):
+        mu, nu = 0.9 * mu + 0.1 * g, 0.95 * nu + 0.05 * g**2
+        update = mu / (1 - 0.9**step) / (jnp.sqrt(nu / (1 - 0.95**step)) + 1e-6)
+        p, mu = p - RATE * (update + 0.1 * p), mu.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_allclose(ours, p, rtol=2e-6, atol=2e-6)
+    assert float(jnp.abs(ours - trained(settings(), start, 3)[path]).max()) > 1e-5
+
+
 def test_adafactor_is_transformers() -> None:
     model = torch_model(HF)
     start = stacked(model.state_dict(), tiny().specs)

@@ -41,10 +41,10 @@ def test_stages_give_the_whole_weight_and_its_summed_gradient(ring: int, copied:
 
 @pytest.mark.parametrize(
     ("shape", "ring"),
-    [((2, 2, 4), 4), ((4, 4, 4), 4), ((4, 4, 1), 1), ((8, 1, 1), 1)],
+    [((2, 2, 4), 4), ((4, 4, 4), 4), ((4, 4, 1), 4), ((8, 1, 1), 1)],
     ids=["v5p:2x2x4", "v5p:4x4x4", "v5e:4x4", "a line"],
 )
-def test_slices_of_three_dimensions_gather_their_last_first(shape: tuple[int, ...], ring: int) -> None:
+def test_slices_of_two_or_three_dimensions_gather_along_one_first(shape: tuple[int, ...], ring: int) -> None:
     devices = np.array([SimpleNamespace(platform="tpu", coords=at) for at in np.ndindex(shape)], dtype=object)
     mesh: Any = SimpleNamespace(devices=devices, shape={"fsdp": devices.size}, size=devices.size)
     assert Layout(mesh, 3).ring == ring

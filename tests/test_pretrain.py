@@ -23,7 +23,9 @@ from ntjax.models import Model, build
 from ntjax.stages.pretrain import Options
 from tests.tiny import tiny_model, tiny_tokenizer
 
-FIELDS: Any = SimpleNamespace(text_field=None, max_bad_rows=0, preprocessing_num_workers=None)
+FIELDS: Any = SimpleNamespace(
+    text_field=None, image_field=None, max_bad_rows=0, preprocessing_num_workers=None
+)
 TEXTS = ["The sea is wide and the sky is blue. " * n for n in (1, 9, 2, 5)]
 
 
@@ -107,7 +109,7 @@ def test_the_loss_is_that_of_every_piece_alone(folder: Path) -> None:
 def test_blocked_attention_changes_nothing_but_memory(
     folder: Path, remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ntjax.ops.attention.BLOCK", 8)
+    monkeypatch.setattr("ntjax.ops.blocked.BLOCK", 8)
     made = encoded(packing_strategy="wrapped")
     batch = rows(made)
     model, params = ours(folder)

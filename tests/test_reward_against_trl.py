@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ntjax.config import load_config
+from ntjax.feed import encoded_rows
 from ntjax.hf.files import read_config
 from ntjax.hf.folder import load_params
 from ntjax.models import build
-from ntjax.prepare import encoded_rows
 from tests.peft_reference import WARNINGS
 from tests.tiny import tiny_model
 from tests.trl_reference import Row, Runs, compared, here, reward_by_trl, scoring, text, turn, write_config

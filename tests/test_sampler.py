@@ -168,7 +168,7 @@ def test_a_loop_over_the_layers_draws_the_same(monkeypatch: pytest.MonkeyPatch) 
 def test_slots_that_are_free_on_some_of_eight_devices_are_refilled(monkeypatch: pytest.MonkeyPatch) -> None:
     needs: list[np.ndarray] = []  # of each device, at each filling
 
-    def seen(taken: Sequence[Taken], shape: Shape) -> Any:
+    def seen(taken: Sequence[Taken], shape: Shape, vision: None) -> Any:
         needs.append(np.bincount([one.slot // shape.slots for one in taken], minlength=shape.devices))
         return batches(taken, shape)
 

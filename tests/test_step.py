@@ -18,7 +18,7 @@ from ntjax.mesh import make_mesh, place_batch, replicated
 from ntjax.metrics import Mean, Metrics
 from ntjax.models import Model, build
 from ntjax.ops.attention import Tokens
-from ntjax.ops.logprobs import token_logprobs
+from ntjax.ops.logprobs import likelihood
 from ntjax.params import Params
 from ntjax.step import Batch, Loss, TrainState, eval_step, initial_state, train_step
 
@@ -41,8 +41,8 @@ def loss_of(model: Model) -> Loss:
         ids = batch["ids"]
         at = Tokens(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), jnp.ones_like(ids))
         hidden = model.hidden(params, ids, at)
-        scores = token_logprobs(hidden[:, :-1], model.head(params), ids[:, 1:])
-        return nll(scores, batch["mask"][:, 1:])
+        mask = batch["mask"][:, 1:]
+        return nll(likelihood(hidden[:, :-1], model.head(params), ids[:, 1:], mask), mask)
 
     return loss
 

@@ -38,11 +38,17 @@ TINY: dict[str, Any] = {
 def torch_model(hf: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     """The transformers model of a config.json; matrices are N(0, 0.3), biases too, norms around 1."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf), attn_implementation="eager").eval()
+    return randomised(model, 0.3, seed)
+
+
+def randomised(model: Any, deviation: float, seed: int = 0) -> Any:
+    """The model with every weight N(0, deviation), biases too, and norms' scales around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + noise if "norm" in name else noise)
+            noise = deviation * torch.randn(parameter.shape, generator=generator)
+            scales = ("norm" in name or "ln_q" in name) and name.endswith("weight")
+            parameter.copy_(1 + noise if scales else noise)
     return model
 
 

@@ -128,23 +128,24 @@ def scoring(folder: Path) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
 
-def _arguments(
-    kind: type, config: type, model: Any, folder: Path, rows: list[Row], out: Path, **s: Any
+def trainer_of(
+    kind: type, config: type, model: Any, folder: Path, rows: list[Row] | Dataset, out: Path, **s: Any
 ) -> Any:
+    """TRL's trainer of a model, with the tokenizer in the folder or the `processing_class` that is given."""
     options: dict[str, Any] = {"optim": "adamw_torch", "bf16": False, "use_cpu": True, "disable_tqdm": True}
     options |= {"report_to": "none", "train_sampling_strategy": "sequential", "dataloader_pin_memory": False}
     options |= {"activation_checkpointing": False}
-    extra = {name: s.pop(name) for name in ("ref_model", "peft_config") if name in s}
+    extra = {n: s.pop(n) for n in ("ref_model", "peft_config", "processing_class") if n in s}
+    extra.setdefault("processing_class", AutoTokenizer.from_pretrained(folder))
     return kind(
         model,
         args=config(str(out), **options, **(SETTINGS | s)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
         **extra,
     )
 
 
-def _trained(trainer: Any, threads: int, change: Change | None = None) -> Reference:
+def trained(trainer: Any, threads: int, change: Change | None = None) -> Reference:
     """A tiny model is slower on more threads."""
     if change is not None:
         change(trainer.model)
@@ -160,8 +161,8 @@ def by_trl(
 ) -> Reference:
     """An SFT run by TRL, rows in order, of the model in the folder or of `model`."""
     model = causal(folder) if model is None else model
-    trainer = _arguments(WeightedSFT, SFTConfig, model, folder, rows, out, **settings)
-    done = _trained(trainer, threads)
+    trainer = trainer_of(WeightedSFT, SFTConfig, model, folder, rows, out, **settings)
+    done = trained(trainer, threads)
     examples = trainer.train_dataset
     packed = "seq_lengths" in examples.column_names
     slots = list(examples["seq_lengths"]) if packed else [[len(ids)] for ids in examples["input_ids"]]
@@ -185,8 +186,8 @@ def dpo_by_trl(
     model = causal(folder) if model is None else model
     if not hasattr(model, "peft_config") and "peft_config" not in settings:
         settings.setdefault("ref_model", causal(folder))
-    trainer = _arguments(WeightedDPO, DPOConfig, model, folder, rows, out, **settings)
-    return _trained(trainer, threads, change)
+    trainer = trainer_of(WeightedDPO, DPOConfig, model, folder, rows, out, **settings)
+    return trained(trainer, threads, change)
 
 
 def reward_by_trl(
@@ -199,8 +200,8 @@ def reward_by_trl(
     **settings: Any,
 ) -> Reference:
     """A reward run by TRL of the scoring model in the folder, which `change` may alter before the first step."""
-    trainer = _arguments(RewardTrainer, RewardConfig, scoring(folder), folder, rows, out, **settings)
-    return _trained(trainer, threads, change)
+    trainer = trainer_of(RewardTrainer, RewardConfig, scoring(folder), folder, rows, out, **settings)
+    return trained(trainer, threads, change)
 
 
 def write_config(
@@ -211,6 +212,7 @@ def write_config(
     *,
     stage: str = "sft",
     model_settings: Row | None = None,
+    mesh: Row | None = None,
     **settings: Any,
 ) -> Path:
     """A config file for the run by ntjax, rows in order."""
@@ -221,6 +223,7 @@ def write_config(
         "base_output_dir": str(out),
         "use_tensorboard": False,
         "model": {"model_name_or_path": str(model), "dtype": dtype, **(model_settings or {})},
+        "mesh": mesh or {},
         "datasets": {stage: {"dataset_path": "rows.jsonl", "shuffle": False}},
         "stages": [{"stage_type": stage, **SETTINGS, **settings}],
     }

@@ -41,6 +41,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data, places = source.data, {key: f"{source.path}:{line}" for key, line in source.lines.items()}
     for override in overrides:
         command_line.apply(override, data, places)
+    data.pop("$schema", None)  # where an editor finds what `ntjax.schema` printed
     reader = Reader(str(source.path), places, _homes)
     _move_zero_stage(data, reader)
     options = {kind: lookup.stage_options(kind) for kind in lookup.stage_types()}

@@ -78,7 +78,7 @@ class ModelConfig(Table):
     """`[model]`. Trainable weights are held in `param_dtype` and computed with in `dtype`."""
 
     model_name_or_path: str = setting()
-    model_type: str = setting("llm", choices=("llm", "vlm"), later={"vlm": "vision-language models"})
+    model_type: str = setting("llm", choices=("llm", "vlm"))
     model_revision: str | None = setting(None, aliases=("revision",), later="a choice of hub revision")
     dtype: str = setting(
         "float32",
@@ -97,6 +97,8 @@ class ModelConfig(Table):
     remat: str | tuple[str, ...] = setting("auto")
     use_flash_attention: bool = setting(False)
     attention: str = setting("auto", choices=("auto", "xla", "blocked", "cudnn", "splash"))
+    image_max_pixels: int | None = setting(None, at_least=1)
+    image_min_pixels: int | None = setting(None, at_least=1)
     cache_dir: str | None = setting(None)
     device: str = setting("auto", choices=("auto", "cpu", "gpu", "tpu"), synonyms={"cuda": "gpu"})
     trust_remote_code: bool = setting(False)
@@ -124,6 +126,9 @@ class ModelConfig(Table):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         yield from remat.conflicts(self.remat, self.gradient_checkpointing or None)
+        for name in ("image_max_pixels", "image_min_pixels"):
+            if getattr(self, name) is not None and self.model_type != "vlm":
+                yield name, 'only model_type = "vlm" has a use for it'
         if self.load_in_4bit and self.load_in_8bit:
             yield "load_in_8bit", "weights are held in 4 bits or in 8, not in both"
         for name in ("load_in_4bit", "load_in_8bit"):
@@ -160,7 +165,7 @@ class DatasetConfig(Table):
     response_field: str | None = setting(None, aliases=("completion_field",))
     chosen_field: str | None = setting(None)
     rejected_field: str | None = setting(None)
-    image_field: str | None = setting(None, later="images")
+    image_field: str | None = setting(None)
     txt_delimiter: str | None = setting(None)
     txt_field_names: tuple[str, ...] | None = setting(None)
     train_on_prompt: bool = setting(False)
@@ -287,6 +292,7 @@ class Config(Table):
     use_wandb: bool = setting(False)
     wandb_project: str | None = setting(None)
     wandb_entity: str | None = setting(None)
+    use_trackio: bool = setting(False)
     use_tensorboard: bool = setting(True)
     logging_dir: str | None = setting(None)
     resume_from_checkpoint: str | None = setting(None)
@@ -304,10 +310,3 @@ class Config(Table):
     def compute_dtype(self, stage: StageConfig) -> str:
         """What a stage computes in: "bfloat16" where it says bf16, else the model's dtype."""
         return "bfloat16" if stage.bf16 else self.model.dtype
-
-    @property
-    def attention(self) -> str:
-        """The attention every stage asks for (`ops.attention.chosen`): "auto" and "flash" are the kernel that the
-        devices have of their own; where they have none, "auto" holds whole scores and "flash" doesn't."""
-        flash = self.model.attention == "auto" and self.model.use_flash_attention
-        return "flash" if flash else self.model.attention

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ntjax.data.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -13,12 +17,14 @@ class Example:
     """A document as the loss sees it.
 
     `tokens` [t] int32; `mask` [t] bool, where `mask[i]` says that token i is learned, predicted from the
-    tokens before it, so `mask[0]` is False; `truncated` says that its end was cut off.
+    tokens before it, so `mask[0]` is False; `truncated` says that its end was cut off. `pictures` are those
+    whose tokens it has, in order.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     truncated: bool = False
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def documents(self) -> tuple[Example, ...]:

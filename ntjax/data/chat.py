@@ -4,7 +4,8 @@
     {"prompt": ..., "completion": ...}         both text or both messages; the completion is learned
     {"text": "..."}                            all of it is learned
 
-`tools` and `chat_template_kwargs` are carried along where a row has them.
+A row that shows images has `pictures`, in the order of their places in its text or its turns. `tools` and
+`chat_template_kwargs` are carried along where a row has them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ntjax.data.files import Row
+from ntjax.data.placeholders import PART_KEYS, WORDS, Placing
 from ntjax.errors import BadData, InputMissing, UserCodeError
 
 if TYPE_CHECKING:
@@ -75,12 +77,14 @@ def missing_columns(row: Mapping[str, Any], missing: Sequence[str], where: str, 
     return InputMissing(f"{message}{hint} There is {', '.join(map(repr, row))}", where=where, fix=fix)
 
 
-def canonical(row: Mapping[str, Any], fields: DatasetConfig, where: str, *, chat: bool) -> Canonical:
+def canonical(
+    row: Mapping[str, Any], fields: DatasetConfig, where: str, *, chat: bool, placing: Placing = WORDS
+) -> Canonical:
     """One of the three shapes above; raises BadData at `where` for a row that is none of them.
 
     Roles must be known and in order: one system turn at most, first; then user and assistant in turn, tool
     turns after an assistant's. `chat` says that the tokenizer has a chat template: then an instruction row is
-    a user turn and an assistant turn, else plain text under headings.
+    a user turn and an assistant turn, else plain text under headings. `placing` says how images are shown.
     """
     kind, columns = layout(row, fields)
     extra = carried(row, where)
@@ -88,14 +92,20 @@ def canonical(row: Mapping[str, Any], fields: DatasetConfig, where: str, *, chat
         place = f"{where} {columns[0]}"
         system, turns = system_turn(row), messages(row[columns[0]], place)
         check_order([*system, *turns], place, first=-len(system))
-        return {"messages": [*system, *turns], **extra}
+        turns, found = placing.turns([*system, *turns], row, where)
+        return {"messages": turns, **found, **extra}
     if kind == "prompt":
-        return {**_pair(row, columns, where), **extra}
+        return {**_placed(_pair(row, columns, where), row, where, placing), **extra}
     if kind == "instruction":
-        return _instruction(row, where, chat)
+        return _placed(_instruction(row, where, chat), row, where, placing)
     if kind == "text":
-        return {"text": string(row[columns[0]], f"{where} {columns[0]}")}
-    raise BadData(f"nothing to train on; columns: {', '.join(map(repr, row))}", where=where)
+        text, found = placing.text(string(row[columns[0]], f"{where} {columns[0]}"), row, where)
+        return {"text": text, **found}
+    raise BadData(
+        f"nothing to train on; columns: {', '.join(map(repr, row))}",
+        where=where,
+        fix="give the row the columns that the first one has, or pass over it with max_bad_rows = 1",
+    )
 
 
 def _pair(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Canonical:
@@ -109,8 +119,21 @@ def _pair(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Canonic
     return {"prompt": string(prompt, asked_at), "completion": string(completion, answered_at)}
 
 
+def _placed(pair: Canonical, row: Mapping[str, Any], where: str, placing: Placing) -> Canonical:
+    """Prompt and completion with the row's images in them."""
+    asked, answered = pair["prompt"], pair["completion"]
+    if isinstance(asked, str):
+        text, found = placing.text(asked, row, where)
+        return {"prompt": text, "completion": placing.answer(answered, where), **found}
+    turns, found = placing.turns([*asked, *answered], row, where)
+    return {"prompt": turns[: len(asked)], "completion": turns[len(asked) :], **found}
+
+
 def messages(value: Any, where: str) -> list[Message]:
-    """Turns with `role` and `content`, from those or ShareGPT's `from` and `value`; roles are mapped."""
+    """Turns with `role` and `content`, from those or ShareGPT's `from` and `value`; roles are mapped.
+
+    A content is text, or where it has images a list of parts as `Placing.turns` takes them.
+    """
     if not isinstance(value, list) or not value:
         raise BadData(f"{shown(value)} isn't a list of messages", where=where)
     return [_message(turn, f"{where}[{i}]") for i, turn in enumerate(value)]
@@ -151,7 +174,30 @@ def _message(turn: Any, where: str) -> Message:
         raise BadData(f"{shown(role)} isn't a role; allowed: {', '.join(ROLES)}", where=f"{where}.{role_key}")
     if content is None and role == "assistant" and "tool_calls" in turn:
         return {"role": "assistant", **turn}
-    return {"role": ROLES[role], "content": string(content, f"{where}.{content_key}"), **turn}
+    return {"role": ROLES[role], "content": _content(content, f"{where}.{content_key}"), **turn}
+
+
+def _content(value: Any, where: str) -> str | list[dict[str, Any]]:
+    """Text, also where it is in parts; with an image among them, the parts."""
+    if not isinstance(value, list) or not value:
+        return string(value, where)
+    parts = [_part(part, where) for part in value]
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _part(part: Any, where: str) -> dict[str, Any]:
+    """A text, the place of an image, or an image of its own."""
+    if not isinstance(part, Mapping):
+        raise BadData(f"{shown(part)} isn't text or a part of a content", where=where)
+    kind = part.get("type")
+    if kind == "text":
+        return {"type": "text", "text": string(part.get("text"), where)}
+    if kind not in ("image", "image_url"):
+        raise BadData(f"{shown(kind)} isn't a type of part; allowed: text, image, image_url", where=where)
+    own = next((part[key] for key in PART_KEYS if part.get(key) is not None), None)
+    return {"type": "image"} if own is None else {"type": "image", "image": own}
 
 
 def check_order(turns: Sequence[Message], where: str, *, first: int = 0, follows: str | None = None) -> None:

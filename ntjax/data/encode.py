@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ntjax.data.batch import Example
 from ntjax.data.chat import Canonical, canonical, check_layout, formatted
-from ntjax.data.encoded import Encoded, encode_rows
+from ntjax.data.encoded import Encoded, gather
 from ntjax.data.files import Row, Rows
+from ntjax.data.pictures import Picture, Vision
+from ntjax.data.placeholders import Placing, borders, expanded
 from ntjax.data.spans import Tokenizer, marks_assistant, rendered, spans, token_mask
 from ntjax.errors import BadData, ConfigError
 
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SftEncoder:
-    """row, place -> examples: one, or as many as `formatting_func` makes of the row."""
+    """row, place -> examples: one, or as many as `formatting_func` makes of the row.
+
+    `vision` is that of a model which can see images.
+    """
 
     tokenizer: Tokenizer
     fields: DatasetConfig
@@ -34,24 +40,37 @@ class SftEncoder:
     whole_pairs: bool = False  # learn prompts as well as completions
     whole_messages: bool = False  # learn every turn of messages
     formatting_func: Callable[[Row], Any] | None = None
+    vision: Vision | None = None
 
     def __call__(self, row: Row, where: str) -> list[Example]:
         chat = self.tokenizer.chat_template is not None
         function = self.formatting_func
         rows = [row] if function is None else formatted(row, function, where, self.fields.text_field)
-        return [self._encode(canonical(one, self.fields, where, chat=chat), where) for one in rows]
+        shaped = (canonical(one, self.fields, where, chat=chat, placing=self._placing) for one in rows)
+        return [self._encode(one, where) for one in shaped]
+
+    @cached_property
+    def _placing(self) -> Placing:
+        return Placing.of(self.vision, self.tokenizer, self.fields)
 
     def _encode(self, row: Canonical, where: str) -> Example:
         whole = self.whole_messages if "messages" in row else self.whole_pairs
-        return encode_sft(row, self.tokenizer, max_length=self.max_length, train_on_prompt=whole, where=where)
+        return encode_sft(
+            row,
+            self.tokenizer,
+            max_length=self.max_length,
+            train_on_prompt=whole,
+            where=where,
+            vision=self.vision,
+        )
 
 
 def encode_sft_rows(rows: Rows, encoder: SftEncoder, **options: Any) -> Encoded:
-    """`encode_rows` for SFT; raises InputMissing where the columns are of no known layout."""
+    """Every row's examples; options and errors are `gather`'s, and InputMissing for columns of no known layout."""
     if encoder.formatting_func is None:
         with suppress(BadData):  # a first row that can't be read is counted with the others
             check_layout(rows[0], encoder.fields, rows.where(0))
-    return encode_rows(rows, encoder, **options)
+    return gather(rows, encoder, **options).encoded(encoder.vision)
 
 
 def encode_sft(
@@ -61,12 +80,14 @@ def encode_sft(
     max_length: int,
     train_on_prompt: bool = False,
     where: str = "row",
+    vision: Vision | None = None,
 ) -> Example:
-    """Tokens of a canonical row and which of them are learned, the first `max_length` of both.
+    """Tokens of a canonical row and which of them are learned, the first `max_length` of both; see `cut`.
 
     Text: all are learned, an end of sequence added where there is none. Prompt and completion: those after
     the longest prefix that the prompt's tokens share with the whole's; in conversations, the template's text
-    after the last turn included. Messages: those of every assistant turn. With `train_on_prompt`, all.
+    after the last turn included. Messages: those of every assistant turn. With `train_on_prompt`, all. Those
+    in place of a picture never are.
     """
     if "text" in row:
         tokens = _tokens(tokenizer, _closed(row["text"], tokenizer))
@@ -77,25 +98,57 @@ def encode_sft(
         tokens, mask = _completion(row, tokenizer, where)
     if train_on_prompt:
         mask = np.ones(len(tokens), np.bool_)
-    mask[:1] = False  # nothing predicts the first token
-    return Example(np.asarray(tokens[:max_length], np.int32), mask[:max_length], len(tokens) > max_length)
+    return cut(tokens, mask, row.get("pictures", ()), max_length, vision, where)
 
 
-def check_stop_token(encoded: Examples, tokenizer: Tokenizer, rows: int = 100) -> str | None:
-    """A warning when none of the first rows learns to stop, or to stop with another token than eos.
+def cut(
+    tokens: Sequence[int],
+    mask: np.ndarray,
+    pictures: tuple[Picture, ...],
+    max_length: int,
+    vision: Vision | None,
+    where: str,
+    *,
+    keep_end: bool = False,
+) -> Example:
+    """The first `max_length` tokens, or with `keep_end` the last, after pictures have taken their places in them.
+
+    A picture is kept whole or not at all: where one would be cut, less than `max_length` is kept.
+    """
+    found, mask = expanded(tokens, mask, pictures, vision, where)
+    first = max(0, len(found) - max_length) if keep_end else 0
+    end = min(first + max_length, len(found))
+    if vision is not None and pictures:
+        places = borders(found, pictures, vision)
+        first = next((b for a, b in places if a < first < b), first)
+        end = next((a for a, b in places if a < end < b), end)
+        pictures = tuple(p for p, (a, b) in zip(pictures, places, strict=True) if first <= a and b <= end)
+    learned = mask[first:end]
+    learned[:1] = False  # nothing predicts the first token
+    return Example(found[first:end], learned, end - first < len(found), pictures)
+
+
+def learned_stops(encoded: Examples, tokenizer: Tokenizer, rows: int = 100) -> list[int] | None:
+    """The special tokens that the first rows learn as their last one; None if all of these rows are cut off.
 
     Of pairs, what was chosen is looked at.
     """
     examples = [encoded.example(i).documents[0] for i in range(min(rows, len(encoded)))]
     whole = [example for example in examples if not example.truncated]
-    learned = {int(token) for example in whole for token in example.tokens[example.mask]}
-    stops = sorted(learned & set(tokenizer.all_special_ids))
-    if not whole or tokenizer.eos_token_id in learned:
+    special = tokenizer.all_special_ids
+    learned = [example.tokens[example.mask & np.isin(example.tokens, special)] for example in whole]
+    return sorted({int(ends[-1]) for ends in learned if len(ends)}) if whole else None
+
+
+def check_stop_token(encoded: Examples, tokenizer: Tokenizer) -> str | None:
+    """A warning when none of the first rows learns to stop, or to stop with another token than eos."""
+    stops = learned_stops(encoded, tokenizer)
+    if stops is None or tokenizer.eos_token_id in stops:
         return None
     if stops:
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(stops)))
         return f"turns end with {names}, but the tokenizer's eos_token is {tokenizer.eos_token!r}"
-    return f"no stop token is learned in the first {len(whole)} whole rows: the model will not learn to stop"
+    return "no stop token is learned in the first whole rows: the model will not learn to stop"
 
 
 def _messages(row: Canonical, tokenizer: Tokenizer, where: str) -> tuple[list[int], np.ndarray]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ntjax.data.batch import Example, collate
 from ntjax.data.files import Row, Rows
+from ntjax.data.pictures import Picture, Vision, counted
 from ntjax.errors import BadData, ConfigError
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
@@ -39,7 +40,8 @@ class Encoded:
 
     `tokens` [total] int32, `mask` [total] bool, `offsets` [examples + 1] int64, `truncated` [examples] bool,
     `sources` [examples] int64, the row each comes from. `read` rows were read; `bad` were passed over, with
-    the first of the complaints in `complaints`; `nothing_to_learn` examples were dropped.
+    the first of the complaints in `complaints`; `nothing_to_learn` examples were dropped. `pictures` are those
+    of each example, nothing where no example has any; `image_id` is the token that stands for them.
     """
 
     tokens: np.ndarray
@@ -51,6 +53,8 @@ class Encoded:
     nothing_to_learn: int = 0
     bad: int = 0
     complaints: Sequence[str] = field(default=())
+    pictures: Sequence[tuple[Picture, ...]] = ()
+    image_id: int = -1
 
     def __len__(self) -> int:
         return len(self.truncated)
@@ -68,7 +72,8 @@ class Encoded:
     def example(self, index: int) -> Example:
         """Example `index`, a view of the arrays."""
         span = slice(self.offsets[index], self.offsets[index + 1])
-        return Example(self.tokens[span], self.mask[span], bool(self.truncated[index]))
+        pictures = self.pictures[index] if self.pictures else ()
+        return Example(self.tokens[span], self.mask[span], bool(self.truncated[index]), pictures)
 
     def batch(
         self, slots: Sequence[Sequence[int]], length: int, documents: int, pad_id: int
@@ -77,11 +82,22 @@ class Encoded:
         return collate([[self.example(index) for index in slot] for slot in slots], length, pad_id)
 
     def digest(self) -> str:
-        """32 hex digits that change when any token, mask or border does."""
+        """32 hex digits that change when any token, mask, border or picture does."""
         digest = hashlib.blake2b(digest_size=16)
         for array in (self.offsets, self.tokens, self.mask):
             digest.update(np.ascontiguousarray(array).data)
+        known: dict[Picture, bytes] = {}  # both documents of a pair show the same
+        for number, pictures in enumerate(self.pictures):
+            for picture in pictures:
+                known[picture] = known.get(picture) or picture.digest()
+                digest.update(number.to_bytes(8, "little") + known[picture])
         return digest.hexdigest()
+
+    def seen(self, sharing: int = 1) -> str:
+        """How many pictures there are, each shown by so many examples, and their tokens; "" for text alone."""
+        count = sum(map(len, self.pictures)) // sharing
+        tokens = int((self.tokens == self.image_id).sum())
+        return f"{counted(count, 'image')}, {counted(tokens, 'image token')}" if count else ""
 
     def report(self) -> str:
         """What became of the rows, for people."""
@@ -93,7 +109,7 @@ class Encoded:
             (self.bad, "bad rows passed over"),
         ]
         said = "; ".join(f"{count} {what}" for count, what in notes if count)
-        lines = [f"{len(self)} examples of {self.read} rows, {share}", said, *self.complaints]
+        lines = [f"{len(self)} examples of {self.read} rows, {share}", self.seen(), said, *self.complaints]
         return "\n".join(line for line in lines if line)
 
 
@@ -111,10 +127,11 @@ class Gathered(Generic[D]):
     bad: int
     complaints: Sequence[str]
 
-    def encoded(self) -> Encoded:
+    def encoded(self, vision: Vision | None = None) -> Encoded:
         """All documents end to end."""
         pairs = zip(self.kept, self.sources, strict=True)
         documents = [(document, source) for one, source in pairs for document in one.documents]
+        pictures = [document.pictures for document, _ in documents]
         return Encoded(
             tokens=np.concatenate([document.tokens for document, _ in documents]),
             mask=np.concatenate([document.mask for document, _ in documents]),
@@ -125,6 +142,8 @@ class Gathered(Generic[D]):
             nothing_to_learn=self.empty,
             bad=self.bad,
             complaints=self.complaints,
+            pictures=pictures if any(pictures) else (),
+            image_id=-1 if vision is None else vision.image_id,
         )
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,10 @@ class Rows(Sequence[Row]):
     @abstractmethod
     def where(self, index: int) -> str:
         """ "train.jsonl:1817", or "train.parquet row 1817" (from 1) where lines mean nothing."""
+
+    def folder(self, index: int) -> Path | None:
+        """The folder of the file that a row is in: what relative paths in it start from; None for rows of no file."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,18 @@ class JsonLines(Rows):
     def where(self, index: int) -> str:
         return f"{self.name}:{self.spans[index][0]}"
 
+    def folder(self, index: int) -> Path | None:
+        return self.path.parent
+
 
 @dataclass(frozen=True)
 class Table(Rows):
-    """Rows already read; `lines` are their line numbers where the file has lines."""
+    """Rows already read; `lines` are their line numbers where the file has lines, `place` is the file's folder."""
 
     name: str
     rows: Sequence[Row]
     lines: Sequence[int] | None = None
+    place: Path | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,6 +79,32 @@ class Table(Rows):
 
     def where(self, index: int) -> str:
         return f"{self.name} row {index + 1}" if self.lines is None else f"{self.name}:{self.lines[index]}"
+
+    def folder(self, index: int) -> Path | None:
+        return self.place
+
+
+@dataclass(frozen=True)
+class Undecoded(Sequence[Row]):
+    """Rows of a `datasets.Dataset` whose images stay as they are stored, {"bytes": ..., "path": ...}.
+
+    Decoded, a photograph takes ten times the memory, and what has been encoded again is another image.
+    """
+
+    table: Any  # in Arrow's format
+    features: Any
+
+    @classmethod
+    def of(cls, found: Any) -> Sequence[Row]:
+        """The data set itself where it has no images."""
+        features = _undecoded(found.features)
+        return found if features == found.features else cls(found.with_format("arrow"), features)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        return dict(self.features.decode_example(self.table[index].to_pylist()[0]))
 
 
 def open_file(path: Path, root: Path, dataset: DatasetConfig) -> Rows:
@@ -90,6 +124,8 @@ def open_file(path: Path, root: Path, dataset: DatasetConfig) -> Rows:
         rows = _text(path, name, dataset)
     else:
         rows = _separated(path, name, "\t" if kind == ".tsv" else ",")
+    if isinstance(rows, Table):
+        rows = replace(rows, place=path.parent)
     if not len(rows):
         raise BadData("the file has no rows", where=name)
     return rows
@@ -193,9 +229,22 @@ def _parquet(path: Path, name: str) -> Table:
     from datasets import Dataset
 
     try:
-        return Table(name, Dataset(pyarrow.parquet.read_table(path)))
+        return Table(name, Undecoded.of(Dataset(pyarrow.parquet.read_table(path))))
     except pyarrow.ArrowInvalid as error:
         raise BadData(f"not parquet: {error}", where=name) from error
+
+
+def _undecoded(feature: Any) -> Any:
+    """Features of `datasets` with images as they are stored."""
+    from datasets import Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(mode=feature.mode, decode=False)
+    if isinstance(feature, List | LargeList):
+        return replace(feature, feature=_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return type(feature)({name: _undecoded(one) for name, one in feature.items()})
+    return feature
 
 
 def _decoded(path: Path, name: str) -> str:

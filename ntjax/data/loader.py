@@ -7,15 +7,18 @@ data is one integer, the step, valid on any number of processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import grain
 import numpy as np
 
+from ntjax.data.branched import half_steps
 from ntjax.data.pack import first_fit
+from ntjax.data.pooled import Line, Pooling, pooled, room
+from ntjax.marks import UNIT
 
 SHORTEST = 64  # tokens; below this a step costs its overhead, and one more compilation buys nothing
 
@@ -48,6 +51,34 @@ class Examples(Protocol):
         """What became of the rows, for people."""
 
 
+class Joined(Examples, Protocol):
+    """Pairs whose documents can lie in one row, what both begin with in it once."""
+
+    @property
+    def joined_lengths(self) -> np.ndarray:
+        """Tokens of the row that each pair takes then."""
+
+    def joined(
+        self, slots: Sequence[Sequence[int]], length: int, documents: int, pad_id: int
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a microbatch of such rows."""
+
+
+class Laid(NamedTuple):
+    """How a step's examples lie: their indices [microbatches][rows][documents], of at most so many `documents`, in rows
+    of `length` tokens, where `joined` both documents of a pair in one row."""
+
+    slots: list[list[list[int]]]
+    length: int
+    documents: int
+    joined: bool = False
+
+    @property
+    def area(self) -> int:
+        """Tokens that are computed, padding among them."""
+        return len(self.slots) * len(self.slots[0]) * self.length
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The rows of every step.
@@ -60,6 +91,10 @@ class Plan:
     With `packing` a slot holds several rows. The packs are made once, by first fit over the rows (in an order
     drawn from the seed if `shuffle`, since neighbours in a file are often alike, or, `in_order`, in their own); an
     epoch reorders packs.
+
+    If it `fills`, a step has the examples that it would have anyway, laid together in fewer rows (`laid`), of which
+    there are a multiple of `groups`. Where examples are pairs, `joined` [rows] are the tokens that each takes if both
+    documents share one row instead of lying in two.
     """
 
     lengths: np.ndarray
@@ -72,6 +107,9 @@ class Plan:
     seed: int = 42
     packing: bool = False
     in_order: bool = False
+    fills: bool = False
+    groups: int = 1
+    joined: np.ndarray | None = None
 
     @cached_property
     def packs(self) -> list[list[int]]:
@@ -128,10 +166,72 @@ class Plan:
         longest = max(int(self.lengths[row]) for row in rows)
         return rounded(longest, self.max_length)
 
+    def laid(self, step: int) -> Laid:
+        """The step's examples in rows, as `slots` and `length` have them; or, if the plan `fills`, where least is
+        computed.
+
+        Rows have the length of a bucket, and there are as many as `rows_per_microbatch`, or a power of two times
+        `groups`; microbatches are as many as `accumulation`, or a power of two. None has more tokens than it would
+        have with a row an example: memory stays as it was, and shapes stay few. A row of pairs may be as long as both
+        documents are, and the lengths 192, 384, ... are buckets too.
+        """
+        slots, length = self.slots(step), self.length(step)
+        if not self.fills or self.packing:
+            return Laid(slots, length, self.documents)
+        rows = [row for microbatch in slots for slot in microbatch for row in slot]
+        room, buckets = self.rows_per_microbatch * length, _buckets(length, self.max_length)
+        counts = [*_halved(self.rows_per_microbatch, self.groups)]
+        found = [*self._candidates(rows, self.lengths, buckets, counts, room)]
+        if self.joined is not None:
+            longest = max(int(self.joined[row]) for row in rows)
+            buckets = half_steps(longest, 2 * self.max_length, SHORTEST)
+            counts = [self.groups << power for power in range((2 * room // self.groups).bit_length())]
+            candidates = self._candidates(rows, self.joined, buckets, counts, 2 * room)
+            found += [laid._replace(joined=True) for laid in candidates]
+        return min(found, key=lambda laid: (laid.area * (2 - laid.joined), laid.joined, laid.length))
+
+    def _candidates(
+        self, rows: list[int], lengths: np.ndarray, buckets: Iterable[int], counts: Sequence[int], room: int
+    ) -> Iterator[Laid]:
+        """The ways to lay examples of such `lengths` in rows as long as a bucket, a microbatch having one of the
+        `counts` of them and no more tokens than there is `room` for."""
+        # First fit leaves least over when long ones come first.
+        rows = sorted(rows, key=lambda row: -int(lengths[row]))
+        sizes = [int(lengths[row]) for row in rows]
+        for length in buckets:
+            bins = [[rows[i] for i in bin_] for bin_ in first_fit(sizes, length)]
+            for count in counts:
+                microbatches = min(
+                    1 << max(0, math.ceil(len(bins) / count) - 1).bit_length(), self.accumulation
+                )
+                if count * length <= room and microbatches * count >= len(bins):
+                    filled = bins + [[]] * (microbatches * count - len(bins))
+                    slots = [filled[i * count : (i + 1) * count] for i in range(microbatches)]
+                    documents = 1 << (max(map(len, bins)) - 1).bit_length()
+                    yield Laid(slots, length, documents)
+
     def _order(self, epoch: int) -> np.ndarray:
         if self.shuffle:
             return permutation(len(self.packs), self.seed, epoch)
         return np.arange(len(self.packs))
+
+
+def _buckets(shortest: int, most: int) -> Iterator[int]:
+    """A bucket and the longer ones."""
+    yield shortest
+    while shortest < most:
+        shortest = rounded(shortest + 1, most)
+        yield shortest
+
+
+def _halved(rows: int, groups: int) -> Iterator[int]:
+    """`rows`, and the smaller ones that are a power of two times `groups`."""
+    yield rows
+    count = 1 << (rows // groups - 1).bit_length() >> 1
+    while count:
+        if count * groups < rows:
+            yield count * groups
+        count //= 2
 
 
 def rounded(length: int, most: int) -> int:
@@ -154,25 +254,46 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
+    vision: Pooling | None = None,
+    groups: int = 1,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """This process's arrays [accumulation, rows_per_microbatch / process_count, ...] of steps `start`, ...
+    """This process's arrays [microbatches, rows / process_count, ...] of steps `start`, ..., as the plan lays them.
 
     Joined over the processes along axis 1 they are the single-process batch. The result is a grain iterator;
     its state is `{"next_index": step}`, so `start` is all there is to resume from. `threads` build ahead.
+
+    With `vision` there are `data.pooled`'s arrays too where a row of the step shows a picture; rows are in so many
+    `groups` over all processes.
     """
-    share, rest = divmod(plan.rows_per_microbatch, process_count)
-    assert rest == 0, f"{plan.rows_per_microbatch} rows can't be shared by {process_count} processes"
-    mine = slice(process_index * share, (process_index + 1) * share)
+    for rows in (plan.rows_per_microbatch, plan.groups if plan.fills else process_count):
+        assert rows % process_count == 0, f"{rows} rows can't be shared by {process_count} processes"
 
     def build(step: int) -> dict[str, np.ndarray]:
-        length = plan.length(step)
-        microbatches = [
-            examples.batch(microbatch[mine], length, plan.documents, pad_id)
-            for microbatch in plan.slots(step)
-        ]
+        slots, length, documents, joined = plan.laid(step)
+        arrays = cast(Joined, examples).joined if joined else examples.batch
+        share = len(slots[0]) // process_count
+        mine = slice(process_index * share, (process_index + 1) * share)
+        microbatches = [arrays(microbatch[mine], length, documents, pad_id) for microbatch in slots]
+        if vision is not None and (space := room(lines(examples, slots), groups, vision)):
+            own = lines(examples, (microbatch[mine] for microbatch in slots))
+            for batch, each in zip(microbatches, own, strict=True):
+                shape = batch["tokens"].shape
+                found = pooled(each, length, groups // process_count, space, vision)
+                batch |= {
+                    name: array if name.startswith(UNIT) else array.reshape(*shape, *array.shape[2:])
+                    for name, array in found.items()
+                }
         return {name: np.stack([batch[name] for batch in microbatches]) for name in microbatches[0]}
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterator = iter(grain.MapDataset.range(plan.steps).map(build).to_iter_dataset(options))
     iterator.set_state({"next_index": start})
     return iterator
+
+
+def lines(examples: Examples, batches: Iterable[Sequence[Sequence[int]]]) -> Iterator[list[Line]]:
+    """The documents of each row of each batch; a pair's row is two lines, of what was chosen and what was rejected."""
+    sides = range(len(examples.example(0).documents))
+    for slots in batches:
+        shown = [[examples.example(index).documents for index in slot] for slot in slots]
+        yield [[documents[side] for documents in slot] for slot in shown for side in sides]

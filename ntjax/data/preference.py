@@ -3,13 +3,14 @@
     {"prompt": ..., "chosen": ..., "rejected": ...}      all text, or all messages
 
 Where `prompt` is left out, `chosen` and `rejected` begin with it: `split_prompt` finds it as TRL 1.16 does
-(`extract_prompt`). `margin`, `tools` and `chat_template_kwargs` are carried along where a row has them.
+(`extract_prompt`). A row that shows images has `pictures`, the same for both. `margin`, `tools` and
+`chat_template_kwargs` are carried along where a row has them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ntjax.data.chat import (
@@ -24,6 +25,7 @@ from ntjax.data.chat import (
     system_turn,
 )
 from ntjax.data.encode import agreeing
+from ntjax.data.placeholders import WORDS, Found, Placing
 from ntjax.errors import BadData
 
 if TYPE_CHECKING:
@@ -51,12 +53,14 @@ def check_columns(row: Mapping[str, Any], fields: DatasetConfig, where: str) -> 
         )
 
 
-def preference(row: Mapping[str, Any], fields: DatasetConfig, where: str) -> Canonical:
+def preference(
+    row: Mapping[str, Any], fields: DatasetConfig, where: str, placing: Placing = WORDS
+) -> Canonical:
     """The shape above, `prompt` left out where `chosen` and `rejected` begin with it.
 
     Beside messages, a prompt may be text: the user's turn before answers that are one assistant's turn each;
-    else it repeats what the conversations begin with, and they are taken at their word. Raises BadData at
-    `where` for a row that is none of this.
+    else it repeats what the conversations begin with, and they are taken at their word. `placing` says how
+    images are shown. Raises BadData at `where` for a row that is none of this.
     """
     if missing := _missing(row, fields):
         there = ", ".join(map(repr, row))
@@ -66,8 +70,12 @@ def preference(row: Mapping[str, Any], fields: DatasetConfig, where: str) -> Can
     extra = {**carried(row, where), **_margin(row, where)}
     chosen, rejected = row[names[1]], row[names[2]]
     if isinstance(chosen, str) or isinstance(rejected, str):
-        text = {"chosen": string(chosen, chosen_at), "rejected": string(rejected, rejected_at)}
-        return {**text, **({"prompt": string(row[names[0]], asked_at)} if names[0] in row else {}), **extra}
+        answers = string(chosen, chosen_at), string(rejected, rejected_at)
+        if names[0] not in row:
+            return {**_both([placing.text(answer, row, where) for answer in answers], where), **extra}
+        prompt, found = placing.text(string(row[names[0]], asked_at), row, where)
+        chosen, rejected = (placing.answer(answer, where) for answer in answers)
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **found, **extra}
     better, worse = _turns(chosen, chosen_at), _turns(rejected, rejected_at)
     turns = _prompt_turns(row[names[0]], better, asked_at) if names[0] in row else []
     before = [*system_turn(row), *turns]
@@ -75,9 +83,11 @@ def preference(row: Mapping[str, Any], fields: DatasetConfig, where: str) -> Can
     check_order(before, asked_at, first=len(turns) - len(before))
     check_order(better, chosen_at, follows=follows)
     check_order(worse, rejected_at, follows=follows)
+    both = _both([placing.turns([*before, *answer], row, where) for answer in (better, worse)], where)
     if turns:
-        return {"prompt": before, "chosen": better, "rejected": worse, **extra}
-    return {"chosen": [*before, *better], "rejected": [*before, *worse], **extra}
+        sides = {side: both[side][len(before) :] for side in ("chosen", "rejected")}
+        return {**both, "prompt": both["chosen"][: len(before)], **sides, **extra}
+    return {**both, **extra}
 
 
 def split_prompt(row: Canonical, where: str) -> Canonical:
@@ -102,6 +112,18 @@ def _missing(row: Mapping[str, Any], fields: DatasetConfig) -> list[str]:
     prompt, chosen, rejected = columns(fields)
     wanted = [prompt, chosen, rejected] if fields.prompt_field else [chosen, rejected]
     return [name for name in wanted if name not in row]
+
+
+def _both(sides: Sequence[tuple[Any, Found]], where: str) -> Canonical:
+    """What was chosen and what was rejected, and the images that both show."""
+    (chosen, found), (rejected, others) = sides
+    if found != others:
+        raise BadData(
+            "chosen and rejected show different images",
+            where=where,
+            fix="show images in what both begin with, the prompt",
+        )
+    return {"chosen": chosen, "rejected": rejected, **found}
 
 
 def _turns(value: Any, where: str) -> list[Message]:

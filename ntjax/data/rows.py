@@ -6,18 +6,22 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntjax.data.files import KINDS, Row, Rows, Table, open_file
+from ntjax.data.chat import missing_columns
+from ntjax.data.files import KINDS, Row, Rows, Table, Undecoded, open_file
+from ntjax.data.placeholders import with_paths
 from ntjax.errors import BadData, ConfigError, InputMissing, Refused
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
+    from ntjax.data.pictures import Vision
 
 __all__ = ["Row", "Rows", "held_out", "open_rows"]
 
@@ -53,6 +57,10 @@ class Chosen(Rows):
         rows, at = self._find(index)
         return rows.where(at)
 
+    def folder(self, index: int) -> Path | None:
+        rows, at = self._find(index)
+        return rows.folder(at)
+
     def _find(self, index: int) -> tuple[Rows, int]:
         index += len(self) if index < 0 else 0
         for rows, first, end in self.parts:
@@ -77,6 +85,59 @@ class Picked(Rows):
 
     def where(self, index: int) -> str:
         return self.rows.where(self.numbers[index])
+
+    def folder(self, index: int) -> Path | None:
+        return self.rows.folder(self.numbers[index])
+
+
+@dataclass(frozen=True)
+class Located(Rows):
+    """Other rows whose images' paths, relative to the file a row is in, have become absolute."""
+
+    rows: Rows
+    column: str | None  # of the images, where it has a name of its own
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row, folder = self.rows[index], self.folder(index)
+        return row if folder is None else with_paths(row, folder.absolute(), self.column)
+
+    def where(self, index: int) -> str:
+        return self.rows.where(index)
+
+    def folder(self, index: int) -> Path | None:
+        return self.rows.folder(index)
+
+
+def shown_rows(rows: Rows, dataset: DatasetConfig, vision: Vision | None) -> Rows:
+    """The rows for a model that has `vision` or hasn't."""
+    return rows if vision is None else Located(rows, dataset.image_field)
+
+
+def check_image_field(rows: Rows, dataset: DatasetConfig, vision: Vision | None, where: str) -> None:
+    """Raises ConfigError for an `image_field`, set at `where`, that a model without `vision` can't see, and
+    InputMissing for one that no row has; some may be without it."""
+    field = dataset.image_field
+    if field is None:
+        return
+    if vision is None:
+        raise ConfigError(
+            f"image_field = {field!r}, but the model reads text alone",
+            where=where,
+            fix="name a model that sees images, or remove image_field",
+        )
+    if not any(field in row for row in _readable(rows)):
+        for row in _readable(rows):
+            raise missing_columns(row, [field], rows.where(0), fix="correct image_field")
+
+
+def _readable(rows: Rows) -> Iterator[Row]:
+    """Those that can be read; the others are counted where rows are encoded."""
+    for index in range(len(rows)):
+        with suppress(BadData):
+            yield rows[index]
 
 
 def held_out(rows: Rows, ratio: float, seed: int) -> tuple[Rows, Rows]:
@@ -197,7 +258,7 @@ def _hub_rows(dataset: DatasetConfig, split: str | None) -> Rows:
     """Rows of a hub data set."""
     found = from_hub(dataset, split or "train")
     count = len(found) if dataset.num_samples is None else min(len(found), dataset.num_samples)
-    return Chosen([(Table(str(dataset.dataset_name), found), 0, count)])
+    return Chosen([(Table(str(dataset.dataset_name), Undecoded.of(found)), 0, count)])
 
 
 def from_hub(dataset: DatasetConfig, split: str, *, streaming: bool = False) -> Any:

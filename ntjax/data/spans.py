@@ -110,9 +110,11 @@ def _found(
 ) -> Span:
     """Turn k in `text`: from the end of turn k - 1 and the header after it, to what closes turn k."""
     mark = next(chr(c) for c in range(0xE000, 0xF900) if chr(c) not in text)
+    lists = any(isinstance(turn.get("content"), list) for turn in turns)
+    content = [{"type": "text", "text": mark}] if lists else mark
 
     def split(shown: Sequence[Message], at: int, ask: bool = False) -> tuple[str, str]:
-        marked = [{**turn, "content": mark} if i == at else turn for i, turn in enumerate(shown)]
+        marked = [{**turn, "content": content} if i == at else turn for i, turn in enumerate(shown)]
         pieces = rendered(tokenizer, marked, options, where, ask=ask).split(mark)
         if len(pieces) != 2:
             raise ConfigError(

@@ -13,6 +13,7 @@ from ntjax.data.chat import formatted, missing_columns, string
 from ntjax.data.encode import encode_sft
 from ntjax.data.encoded import Encoded, encode_rows
 from ntjax.data.files import Row, Rows
+from ntjax.data.pictures import Vision
 from ntjax.data.spans import Tokenizer
 from ntjax.errors import BadData
 
@@ -25,13 +26,15 @@ class TextEncoder:
     """row, place -> documents: one, or as many as `formatting_func` makes of the row.
 
     A document is the text's tokens, with those that the tokenizer puts around a text, and an end of sequence.
-    `max_length` cuts its end off; None leaves it whole.
+    `max_length` cuts its end off; None leaves it whole. To a model with `vision` a text can't show an image: the
+    token that stands for one is refused.
     """
 
     tokenizer: Tokenizer
     fields: DatasetConfig
     max_length: int | None = None
     formatting_func: Callable[[Row], Any] | None = None
+    vision: Vision | None = None
 
     @property
     def column(self) -> str:
@@ -57,7 +60,7 @@ class TextEncoder:
             )
         text = string(row[self.column], f"{where} {self.column}")
         length = sys.maxsize if self.max_length is None else self.max_length
-        return encode_sft({"text": text}, self.tokenizer, max_length=length, where=where)
+        return encode_sft({"text": text}, self.tokenizer, max_length=length, where=where, vision=self.vision)
 
 
 def encode_text_rows(rows: Rows, encoder: TextEncoder, **options: Any) -> Encoded:

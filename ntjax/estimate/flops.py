@@ -16,6 +16,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 ATTENTION = re.compile(r"\battention\b")  # the scope that `ops.attention` gives its part of a program
 
+TIMES = re.compile(r"\bat_most_(\d+)_times\b")
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -32,7 +34,8 @@ class Flops:
 
 
 def flops(jaxpr: ClosedJaxpr | Jaxpr, devices: int, inside: bool = False) -> Flops:
-    """FLOPs of one of `devices` that share the work of `jaxpr` evenly. A loop that data end counts once.
+    """FLOPs of one of `devices` that share the work of `jaxpr` evenly. A loop that data end counts as often as its
+    scope says it goes round at most, else once.
 
     Inside of a `shard_map` shapes are a device's own along the axes it is written for. `inside` says that all of it
     is attention's.
@@ -54,9 +57,17 @@ def flops(jaxpr: ClosedJaxpr | Jaxpr, devices: int, inside: bool = False) -> Flo
                 share = devices // math.prod(mesh.shape[axis] for axis in manual)
             elif name == "scan":
                 times = eqn.params["length"]
+            elif name == "while":
+                times = at_most(str(eqn.source_info.name_stack))
             for inner in _jaxprs(eqn.params):
                 total += flops(inner, share, attends) * times
     return total
+
+
+def at_most(scopes: str) -> int:
+    """How often a loop inside of such scopes goes round at most, as far as they say (`ops.logprobs`); else 1."""
+    found = TIMES.findall(scopes)
+    return int(found[-1]) if found else 1
 
 
 def _jaxprs(params: dict[str, Any]) -> Iterator[ClosedJaxpr | Jaxpr]:

@@ -16,6 +16,8 @@ from functools import cached_property
 
 import numpy as np
 
+from ntjax.estimate.flops import at_most
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SIZES = {
     "pred": 1,
@@ -136,7 +138,7 @@ class Program:
                         yield from self.walk(inner.strip(), times)
 
     def trips(self, loop: Instruction, condition: str) -> int:
-        """How often a loop goes round: once, as far as is known, where data end it."""
+        """How often a loop goes round, at most where data end it and its scope says that; else it counts once."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         inside = self.computations[condition].instructions
@@ -149,10 +151,10 @@ class Program:
         else:
             given = {}
         if root.opcode != "compare":
-            return 1
+            return at_most(loop.rest)
         constants = [inside[given.get(name, name)] for name in root.operands]
         found = [int(c.operands[0]) for c in constants if c.opcode == "constant" and c.operands[0].isdigit()]
-        return found[0] if found else 1
+        return found[0] if found else at_most(loop.rest)
 
     @cached_property
     def bytes(self) -> float:

@@ -23,8 +23,8 @@ from ntjax.estimate.target import Target
 from ntjax.layout import Layout
 from ntjax.mesh import DATA, FSDP, SEQUENCE, TENSOR, make_mesh
 from ntjax.models import DecoderConfig
-from ntjax.ops.attention import BLOCK
-from ntjax.ops.logprobs import CHUNK_BYTES
+from ntjax.ops.blocked import BLOCK
+from ntjax.ops.logprobs import chunk
 from ntjax.stages.base import StageConfig
 
 Remat = str | tuple[str, ...]
@@ -87,7 +87,7 @@ class Sheet:
         heads, kv = m.heads * m.head_dim / tensor, m.kv_heads * m.head_dim / tensor
         named = {"query": heads, "key": kv, "value": kv, "attention": heads, "attention_out": m.embed}
         named |= {"gate": m.mlp / tensor, "up": m.mlp / tensor, "mlp_out": m.embed}
-        kept = {"full": 0.0, "offload": 0.0, "none": 1.5 * sum(named.values())}
+        kept = {"full": 0.0, "offload": 0.0, "none": sum(named.values())}
         each = (
             kept.get(remat, sum(named.values())) if isinstance(remat, str) else sum(named[n] for n in remat)
         )
@@ -98,7 +98,8 @@ class Sheet:
         trains = self.trained > 0.01 * self.weights
         parted = self.along(FSDP) > 1 and self.programs.layout.zero >= 2
         weights = of_layer * ((3 * c if parted else 0) + (8 if trains else 0))
-        head = m.vocab * m.embed / tensor * (c + (8 if trains else 0)) + 3 * CHUNK_BYTES
+        logits = 12 * chunk(math.ceil(t), m.vocab) * m.vocab / tensor
+        head = m.vocab * m.embed / tensor * (c + (8 if trains else 0)) + logits
         return saved + layer + weights + head + self.trained * (2 if accumulation > 1 else 1)
 
     def bytes(self, rows: int, accumulation: int, remat: Remat, scale: float = 1.0) -> float:

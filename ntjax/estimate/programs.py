@@ -23,8 +23,10 @@ from ntjax.estimate.shapes import Shape, Weights, at, held
 from ntjax.hf.files import read_config
 from ntjax.hf.hub import locate
 from ntjax.layout import MANUAL, Layout
+from ntjax.marks import UNIT
 from ntjax.mesh import ROWS, on_host, replicated
 from ntjax.models import Model, build, is_scoring, scoring_config
+from ntjax.models.vision.pictures import Pictures
 from ntjax.params import Params
 from ntjax.scorer import scores
 from ntjax.slots import Prompts, formats
@@ -44,6 +46,8 @@ SCORED = (
     "mask",
     "start",
     "pairs",
+    "picture_index",
+    "places",
 )  # of a batch, by the reference and the policy
 
 
@@ -95,7 +99,7 @@ class Programs:
             dtype=config.compute_dtype(stage),
             remat=stage.remat or "none",
             labels=int(stage.scores),
-            attention=config.attention,
+            attention=config.model.attention,
             layout=layout,
         )
         layout.check(model.specs, lambda axis: config.where(f"mesh.{axis}"))
@@ -112,7 +116,7 @@ class Programs:
         opt_state = jax.tree.map(at, opt_state, places)
         count: Any = Shape((), jnp.int32, sharding=replicated(layout.mesh))
         state = TrainState(count, weights.trainable, opt_state)
-        batch = shapes.batch(stage, layout)
+        batch = shapes.batch(stage, layout, model.config)
         if (reference := self.reference(weights)) is not None:
             batch |= shapes.rows_placed(jax.eval_shape(*self._scored(*reference, batch)), layout)
         function = jax.jit(
@@ -129,7 +133,7 @@ class Programs:
         config, named = self.config, getattr(self.stage, "reference_model_path", None)
         hf = self._found(named)
         dtype = config.compute_dtype(self.stage)
-        model = build(hf, dtype=dtype, attention=config.attention, layout=self.layout)
+        model = build(hf, dtype=dtype, attention=config.model.attention, layout=self.layout)
         if self.stage.reference_scores(model) is None:
             return None
         if named is None:
@@ -141,26 +145,22 @@ class Programs:
         stage, found = self.stage, {}
         reference = self.reference(weights)
         early = getattr(stage, "precompute_ref_log_probs", False)
-        if reference is not None and not early and not self._shares(weights, reference[1]):
-            found["reference"] = held(reference[1])
+        if reference is not None and not early and (own := held(_own(weights, reference[1]))):
+            found["reference"] = own
         if isinstance(stage, RolloutConfig) and stage.reward_model_path is not None:
             found["reward model"] = held(self._reward_weights(stage)[1])
         return found
-
-    def _shares(self, weights: Weights, reference: Params) -> bool:
-        """Whether the reference is the frozen weights themselves."""
-        return bool(weights.frozen) and reference is weights.reference
 
     def _scored(self, model: Model, params: Params, batch: dict[str, Any]) -> tuple[Any, Params, Any]:
         """The program that scores a step's rows, and what it is called with."""
         score = self.stage.reference_scores(model)
         assert score is not None
-        rows = {name: batch[name] for name in SCORED if name in batch}
+        rows = _scorable(batch)
         return jax.jit(lambda params, batch: jax.lax.map(partial(score, params), batch)), params, rows
 
     def _scoring(self, model: Model, weights: Weights, around: dict[str, int]) -> Iterator[Program]:
         """What the reference and the policy say of the rows before a step sees them."""
-        stage, batch = self.stage, shapes.batch(self.stage, self.layout)
+        stage, batch = self.stage, shapes.batch(self.stage, self.layout, model.config)
         calls = 1.0
         if isinstance(stage, RolloutConfig):
             shape = stage.geometry(self.layout.rows)
@@ -168,13 +168,14 @@ class Programs:
         reference = self.reference(weights)
         if reference is not None:
             function, params, rows = self._scored(*reference, batch)
-            name = "weights" if self._shares(weights, params) else "reference"
-            kinds = {name: held(params)}
-            rest = {kind: size for kind, size in around.items() if kind != name}
+            own = held(_own(weights, params))
+            kinds = {"reference": own, "weights": held(params) - own}
+            rest = {**around, "reference": 0, "weights": around["weights"] - kinds["weights"]}
+            kinds, rest = (_there(sizes) for sizes in (kinds, rest))
             yield Program("reference", function, (params, rows), kinds, rest, batch["tokens"].size, calls)
         score = stage.policy_scores(model) if isinstance(stage, RolloutConfig) else None
         if score is not None:
-            rows = {name: batch[name] for name in SCORED if name in batch}
+            rows = _scorable(batch)
 
             def scored(trainable: Params, frozen: Params, batch: Any) -> Any:
                 params = weights.join(frozen, trainable, None)
@@ -209,7 +210,9 @@ class Programs:
         rows, whole = NamedSharding(layout.mesh, PartitionSpec(MANUAL)), replicated(layout.mesh)
         count, ints = size.most * devices, partial(Shape, dtype=jnp.int32)
         each, one = ints((count,), sharding=whole), ints((), sharding=whole)
-        read = Prompts(ints((count, size.time), sharding=rows), each, each, each)
+        seen = shapes.pictures(model.config, (count, size.time), devices, size.most)
+        pictures = jax.tree.map(lambda x: at(x, rows), jax.eval_shape(Pictures.of, seen))
+        read = Prompts(ints((count, size.time), sharding=rows), each, each, each, pictures)
         kinds = {"sampler's weights" if copied else "weights": held(params), "cache": held(state)}
         rest = {kind: size for kind, size in around.items() if kind not in kinds}
         filled = (params, state, read, one)
@@ -217,7 +220,7 @@ class Programs:
         yield Program("prefill", compiled.fill, filled, kinds, rest, count * size.time, calls)
         written = stage.completion_length * -(-prompts // size.all_slots) / shape.steps
         rows_drawn = size.all_slots * shape.group
-        yield Program("decode", compiled.decode, (params, state, one), kinds, rest, rows_drawn, written)
+        yield Program("decode", compiled.decode, (params, None, state, one), kinds, rest, rows_drawn, written)
 
     def _rewarding(self, stage: RolloutConfig, around: dict[str, int]) -> Program:
         """A reward model's scores of as many completions as it takes at a time."""
@@ -236,7 +239,7 @@ class Programs:
         config, dtype = self.config, self.config.compute_dtype(stage)
         hf = self._found(stage.reward_model_path)
         hf = hf if is_scoring(hf) else scoring_config(hf)
-        model = build(hf, dtype=dtype, labels=1, attention=config.attention, layout=self.layout)
+        model = build(hf, dtype=dtype, labels=1, attention=config.model.attention, layout=self.layout)
         params = {path: Shape(spec.shape, dtype) for path, spec in model.specs.items()}
         return model, shapes.placed(params, model.specs, self.layout)
 
@@ -248,8 +251,22 @@ class Programs:
         return self.hf
 
 
+def _own(weights: Weights, reference: Params) -> Params:
+    """The part of a reference that isn't the policy's frozen weights themselves."""
+    return {path: w for path, w in reference.items() if weights.frozen.get(path) is not w}
+
+
+def _scorable(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the reference and the policy look at."""
+    return {name: x for name, x in batch.items() if name in SCORED or name.startswith(UNIT)}
+
+
+def _there(sizes: dict[str, int]) -> dict[str, int]:
+    return {kind: size for kind, size in sizes.items() if size}
+
+
 def untuned(config: Config, stage: StageConfig, *, remat: bool) -> tuple[Config, StageConfig]:
     """The same mathematics in one matmul each, as FLOPs are counted: attention with whole scores; without `remat`, no
     work done twice either."""
-    plain = replace(config, model=replace(config.model, attention="xla", use_flash_attention=False))
-    return plain, stage if remat else replace(stage, remat="none")
+    plain = replace(config, model=replace(config.model, attention="xla"))
+    return plain, stage if remat else replace(stage, remat="everything")

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ntjax import lora
+from ntjax import lora, parts
 from ntjax.config import Config
 from ntjax.layout import Layout
+from ntjax.marks import UNIT
 from ntjax.mesh import HOST, ROWS
-from ntjax.models import Model
-from ntjax.params import Params, Spec, Specs, decays, weight
-from ntjax.policy import VALUE, quantiser
+from ntjax.models import DecoderConfig, Model
+from ntjax.params import Params, Spec, Specs, weight
+from ntjax.policy import VALUE, quantisable, quantiser
 from ntjax.quantised import BLOCK, NESTED, EightBit, FourBit, Kind
 from ntjax.stages.base import StageConfig
 from ntjax.stages.rollout import RolloutConfig
@@ -34,7 +35,7 @@ class Weights:
     frozen: Params
     specs: Specs
     join: Join
-    reference: Params  # what the policy is held against; with LoRA the frozen weights as they are
+    reference: Params  # what the policy is held against; of it the frozen weights are those above
 
     def model(self) -> Params:
         """The model's own, in which there may be adapters."""
@@ -47,15 +48,25 @@ def weights(config: Config, stage: StageConfig, model: Model, layout: Layout) ->
     sizes = {"embed": model.config.embed, "values": 1}
     value = weight(sizes, "embed -> values", "v_head.weight", init="zeros").get_metadata()["spec"]
     heads: Specs = {VALUE: value} if stage.values else {}
+    where = parts.places(config, stage)
+    still = parts.frozen(stage.freeze, specs, where)
     if not settings.use_lora:
-        params = {path: Shape(spec.shape, settings.param_dtype) for path, spec in (specs | heads).items()}
-        reference = placed(matrices_in(specs, config.compute_dtype(stage)), specs, layout)
-        return Weights(placed(params, specs | heads, layout), {}, specs | heads, union, reference)
+        free = {path: spec for path, spec in specs.items() if path not in still}
+        parts.factors(stage, specs, free, where)
+        params = {path: Shape(spec.shape, settings.param_dtype) for path, spec in (free | heads).items()}
+        kept = {path: Shape(specs[path].shape, settings.dtype) for path in specs if path in still}
+        kept = placed(kept, specs, layout)
+        reference = kept | placed(matrices_in(free, config.compute_dtype(stage)), free, layout)
+        return Weights(placed(params, free | heads, layout), kept, free | heads, union, reference)
     plan = lora.plan(
-        settings.lora_config, specs, where=lambda name: config.where(f"model.lora_config.{name}")
+        settings.lora_config,
+        specs,
+        where=lambda name: config.where(f"model.lora_config.{name}"),
+        frozen=still,
     )
-    quantised = quantiser(settings, specs) is not None
-    frozen = {path: _frozen(config, spec, quantised) for path, spec in specs.items()}
+    parts.factors(stage, specs, plan.specs(specs), where)
+    quantised = quantisable(specs) if quantiser(settings, specs) else set()
+    frozen = {path: _frozen(config, spec, path in quantised) for path, spec in specs.items()}
     frozen = {path: jax.eval_shape(layout.packed, w) for path, w in frozen.items()}
     frozen = {p: w for p, w in frozen.items() if not (p in plan.whole and plan.whole[p].all())}
     plain = {path: Shape(spec.shape, settings.dtype) for path, spec in specs.items()}
@@ -74,9 +85,9 @@ def weights(config: Config, stage: StageConfig, model: Model, layout: Layout) ->
 
 
 def _frozen(config: Config, spec: Spec, quantised: bool) -> Any:
-    """A frozen weight as it is held: the linear maps inside layers are what is quantised."""
+    """A frozen weight as it is held."""
     settings = config.model
-    if not (quantised and spec.inputs and spec.stacked):
+    if not quantised:
         return Shape(spec.shape, settings.dtype)
     stack, matrix = spec.shape[: len(spec.stacked)], spec.shape[len(spec.stacked) :]
     if settings.load_in_8bit:
@@ -95,8 +106,9 @@ def _frozen(config: Config, spec: Spec, quantised: bool) -> Any:
     )
 
 
-def batch(stage: StageConfig, layout: Layout) -> dict[str, Any]:
-    """A step's rows [microbatches, rows, ...], as long as the stage lets them be, before any reference scores them."""
+def batch(stage: StageConfig, layout: Layout, model: DecoderConfig) -> dict[str, Any]:
+    """A step's rows [microbatches, rows, ...], as long as the stage lets them be, before any reference scores them. A
+    model that sees is shown a picture in each."""
     rows, micros = stage.per_device_train_batch_size * layout.rows, stage.gradient_accumulation_steps
     time, ints = stage.row_length, jnp.int32
     fields: dict[str, tuple[tuple[int, ...], Any]]
@@ -109,7 +121,23 @@ def batch(stage: StageConfig, layout: Layout) -> dict[str, Any]:
         fields["mask"] = shape, jnp.bool_
         if pairs:
             fields["pairs"] = (micros, rows, PAIRS if stage.packs else 1), jnp.bool_
-    return rows_placed({name: Shape(*field) for name, field in fields.items()}, layout)
+    found = {name: Shape(*field) for name, field in fields.items()}
+    micros, rows, *_ = found["tokens"].shape
+    seen = pictures(model, found["tokens"].shape, layout.rows, rows // layout.rows)
+    units = {name: Shape((micros, *x.shape), x.dtype) for name, x in seen.items() if name.startswith(UNIT)}
+    return rows_placed({**found, **seen, **units}, layout)
+
+
+def pictures(model: DecoderConfig, tokens: tuple[int, ...], groups: int, count: int) -> dict[str, Any]:
+    """The arrays beside those of `tokens` that show so many pictures to each group of rows."""
+    if model.vision is None:
+        return {}
+    found = {"picture_index": Shape(tokens, jnp.int32)}
+    if model.rope.sections:
+        found["places"] = Shape((*tokens, 3), jnp.int32)
+    for name, one in model.vision.usual.items():
+        found[UNIT + name] = Shape((groups, count * one.shape[0], *one.shape[1:]), one.dtype)
+    return found
 
 
 def _window(stage: RolloutConfig, layout: Layout) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -124,7 +152,8 @@ def _window(stage: RolloutConfig, layout: Layout) -> dict[str, tuple[tuple[int, 
         fields |= {name: (short, floats) for name in ("old_logps", "old_values", "returns", "advantages")}
         return fields
     fields["advantages"] = lead, floats
-    fields["sampler_logps" if shape.steps == 1 else "old_logps"] = short, floats
+    drew = "sampler_logps" if shape.steps == 1 and not stage.generate_ahead else "old_logps"
+    fields[drew] = short, floats
     if shape.parts > 1:
         fields["items"] = lead, floats
     return fields
@@ -138,7 +167,10 @@ def rows_placed(arrays: Any, layout: Layout) -> Any:
 
 def matrices_in(specs: Specs, dtype: str) -> Params:
     """Weights whose matrices are held in `dtype`, as `ntjax.policy.reference` holds them."""
-    return {path: Shape(spec.shape, dtype if decays(spec) else "float32") for path, spec in specs.items()}
+    return {
+        path: Shape(spec.shape, dtype if len(spec.torch_shape) > 1 else "float32")
+        for path, spec in specs.items()
+    }
 
 
 def placed(params: Params, specs: Specs, layout: Layout, parted: bool | None = None) -> Params:

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ntjax.errors import BadData, InputMissing, Refused
+from ntjax.errors import BadData, ConfigError, InputMissing, Refused
 from ntjax.hf.bnb import Prequantised
 from ntjax.hf.files import LARGEST_FILE, Layout, Source, exported_config, read_json, to_json
 from ntjax.hf.flax_msgpack import EMBEDDING, LAYER_NORM, LINEAR, PLAIN, FlaxMsgpack, write_flax
 from ntjax.hf.gguf_file import GGUF
+from ntjax.hf.names import FAMILIES, Renamed, in_file
 from ntjax.hf.shards import Safetensors, write_safetensors
 from ntjax.mesh import on_device
 from ntjax.params import Params, Spec, Specs
@@ -33,11 +34,12 @@ Placing = Callable[[str, Any], Any]
 Quantise = Callable[[str, np.ndarray], Any]  # (path, a tensor) -> the same quantised, or None
 
 # Computed from config.json, and saved all the same by old versions of transformers.
-HARMLESS = (r"rotary_emb\.inv_freq$",)
+HARMLESS = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
 
 
 def open_weights(path: Path) -> Source:
-    """The checkpoint in a folder (safetensors, else Flax msgpack), or in a GGUF file.
+    """The checkpoint in a folder (safetensors, else Flax msgpack), or in a GGUF file, under the names of transformers'
+    modules.
 
     Raises:
         InputMissing: no weights, or a file of the index isn't there. Refused: only pickled weights.
@@ -47,8 +49,11 @@ def open_weights(path: Path) -> Source:
         return GGUF(path)
     for stem, kind in (("model.safetensors", Safetensors), ("flax_model.msgpack", FlaxMsgpack)):
         if (path / stem).exists() or (path / f"{stem}.index.json").exists():
-            weights = kind(path)
-            return Prequantised(weights) if _is_quantised(path) else weights
+            config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+            weights: Source = kind(path)
+            if (family := config.get("model_type")) in FAMILIES:
+                weights = Renamed(weights, family)
+            return Prequantised(weights) if "quantization_config" in config else weights
     found = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
     if pickles := [name for name in found if name.endswith((".bin", ".pt", ".pth"))]:
         raise Refused(
@@ -62,11 +67,6 @@ def open_weights(path: Path) -> Source:
         where=str(path),
         fix="name the folder that holds the model's weights",
     )
-
-
-def _is_quantised(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.exists() and "quantization_config" in read_json(config)
 
 
 def check(source: Source, specs: Specs, ignore: Sequence[str] = HARMLESS) -> None:
@@ -100,9 +100,10 @@ def check(source: Source, specs: Specs, ignore: Sequence[str] = HARMLESS) -> Non
 
 def _unwanted(source: Source, name: str, wanted: Collection[str]) -> str | None:
     """What is wrong with a tensor that no weight asks for."""
-    table = name.removesuffix("lm_head.weight") + "model.embed_tokens.weight"
-    if not name.endswith("lm_head.weight") or table not in wanted or table not in source.names():
+    tables = [table for table in wanted if table.endswith("embed_tokens.weight") and table in source.names()]
+    if name != "lm_head.weight" or not tables:
         return f"{name} in {source.file(name).name} is no weight of the model"
+    table = tables[0]
     if source.shape(name) == source.shape(table) and np.array_equal(source.read(name), source.read(table)):
         return None
     return f"{name} differs from {table}, although tie_word_embeddings is true"
@@ -113,13 +114,14 @@ def load_params(
     specs: Specs,
     *,
     dtype: str,
+    dtypes: Mapping[str, str] | None = None,
     sharding: Placing | None = None,
     ignore: Sequence[str] = HARMLESS,
     quantise: Quantise | None = None,
     packed: Callable[[Any], Any] = lambda node: node,
 ) -> Params:
-    """The weights that `specs` declare, in `dtype`, each where `sharding(path, shapes)` says: a sharding, or, for a
-    quantised weight, a tree of them like that of its arrays' shapes.
+    """The weights that `specs` declare, in `dtype` or what `dtypes` has for their path, each where
+    `sharding(path, shapes)` says: a sharding, or, for a quantised weight, a tree like that of its arrays' shapes.
 
     Each tensor is read, quantised where `quantise(path, tensor)` says so (it gives a node, or None for a weight that
     stays as it is), `packed`, sent to the devices and written into its place in the stacked weight there, so that the
@@ -133,7 +135,8 @@ def load_params(
     check(source, specs, ignore)
     params: Params = {}
     for path, spec in sorted(specs.items(), key=lambda item: -math.prod(item[1].torch_shape)):
-        params[path] = _load(source, path, spec, jnp.dtype(dtype), sharding, quantise, packed)
+        kind = jnp.dtype((dtypes or {}).get(path, dtype))
+        params[path] = _load(source, path, spec, kind, sharding, quantise, packed)
     return {path: params[path] for path in specs}
 
 
@@ -221,12 +224,12 @@ def save_params(
     config: Mapping[str, Any],
     max_shard_bytes: int = LARGEST_FILE,
 ) -> None:
-    """Writes what `AutoModelForCausalLM.from_pretrained(folder)` loads: config.json, safetensors in `dtype`.
+    """Writes what transformers' `from_pretrained(folder)` loads: config.json, safetensors in `dtype`.
 
     One tensor is on the host at a time, and the files appear together or not at all. On several hosts all
     must call this; the first one writes.
     """
-    tensors = Tensors(params, specs, dtype)
+    tensors = Tensors(params, specs, dtype, config.get("model_type"))
     write_safetensors(
         folder,
         tensors.layouts,
@@ -246,7 +249,14 @@ def save_flax(
     config: Mapping[str, Any],
     max_shard_bytes: int = LARGEST_FILE,
 ) -> None:
-    """The same as flax_model.msgpack, in the layout of transformers 4's Flax models."""
+    """The same as flax_model.msgpack, in the layout of transformers 4's Flax models, none of which had convolutions.
+
+    Raises ConfigError for a model that has.
+    """
+    if any(spec.kernel for spec in specs.values()):
+        raise ConfigError(
+            f"transformers never had {config.get('model_type')} in Flax", where="--format", fix="leave it out"
+        )
     tensors = Tensors(params, specs, dtype)
     write_flax(
         folder,
@@ -274,12 +284,14 @@ def flax_kinds(specs: Specs) -> dict[str, str]:
 
 
 class Tensors:
-    """The torch tensors that `params` are made of, layer by layer, each fetched when it is read."""
+    """The torch tensors that `params` are made of, layer by layer, each fetched when it is read. Names are those in the
+    files of a `model_type`, by default those of modules."""
 
-    def __init__(self, params: Params, specs: Specs, dtype: str):
+    def __init__(self, params: Params, specs: Specs, dtype: str, model_type: object = None):
         assert params.keys() == specs.keys(), params.keys() ^ specs.keys()
         self._params, self._specs = params, specs
-        self._places = dict(sorted(self._all(), key=lambda item: by_number(item[0])))
+        places = ((in_file(name, model_type), place) for name, place in self._all())
+        self._places = dict(sorted(places, key=lambda item: by_number(item[0])))
         shapes = {name: specs[path].torch_shape for name, (path, _) in self._places.items()}
         self.layouts = {name: Layout(shape, jnp.dtype(dtype)) for name, shape in shapes.items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ntjax.hf.files import content_hint, inside, read_json, replacing, to_json
 from ntjax.hf.folder import Tensors, by_number
 from ntjax.lora import Plan
 from ntjax.lora import plan as plan_of
-from ntjax.params import Params, Specs
+from ntjax.params import Params, Specs, unused
 from ntjax.targets import modules, rules, short, tied
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 FROZEN = re.compile(r"\.base_layer\.weight$|\.original_module\.|\.modules_to_save\.")
 # PEFT's ways to start an adapter that leave the base weights as they are.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -80,7 +80,7 @@ def save_adapter(
     if start is not None:
         first = _tensors(places, {**trainable, **start}, plan.specs(specs), dtype)
         tensors = {name: _doubled(name, tensor, first[name]) for name, tensor in tensors.items()}
-    settings = _settings(config, specs, base_model, task_type, start is not None)
+    settings = _settings(config, plan, specs, base_model, task_type, start is not None)
     with replacing(folder, "adapter_model*", discard=jax.process_index() != 0) as create:
         create(CONFIG).write(to_json(settings))
         create(WEIGHTS).write(safetensors.numpy.save(tensors, {"format": "pt"}))
@@ -104,8 +104,8 @@ def _places(plan: Plan, specs: Specs) -> dict[str, Place]:
             name = f"{module}.base_layer.bias" if kind == "bias" and module in adapted else name
             if layers[index]:
                 places[name] = Place(path, index, specs[path].torch_shape)
-    if TABLE in places and tied(specs):
-        places[HEAD] = places[TABLE]
+    if (table := specs["embed"].hf) in places and tied(specs):
+        places[HEAD] = places[table]
     return {PREFIX + name: places[name] for name in sorted(places, key=by_number)}
 
 
@@ -126,14 +126,34 @@ def _doubled(name: str, tensor: np.ndarray, first: np.ndarray) -> np.ndarray:
     return np.concatenate([tensor, -first], axis=1) if name.endswith("lora_B.weight") else tensor
 
 
-def _settings(
-    config: LoraConfig, specs: Specs, base_model: str, task_type: str, doubled: bool
-) -> dict[str, Any]:
-    """adapter_config.json. At twice the rank, alpha grows with it so that the scale stays."""
-    known = rules(config, specs, where=lambda _: None, unmatched=True).config
-    targets, saved = known.target_modules, known.modules_to_save or ()
+def _named(config: LoraConfig, plan: Plan, specs: Specs) -> tuple[Any, Sequence[str]]:
+    """target_modules and modules_to_save as PEFT is to be told them: every module by its whole name where it would take
+    what the config names for more than what is trained."""
+    trained = plan.ranks.keys() | plan.whole.keys()
+    found = rules(config, specs, where=lambda _: None, unmatched=True, frozen=specs.keys() - trained)
+    targets, saved = found.config.target_modules, found.config.modules_to_save or ()
     if not isinstance(targets, str) and isinstance(config.target_modules, str):
         targets = tuple(short(targets or ()))
+    weights = {path: layers for path, layers in plan.whole.items() if not specs[path].hf.endswith("bias")}
+    adapted, kept = (
+        {module for path, layers in some.items() for at, module in modules(specs[path]) if layers[at]}
+        for some in (plan.ranks, weights)
+    )
+    asked, every = replace(found, frozen=frozenset()), (*found.linear, *found.other)
+    number = not isinstance(targets, str) and any(name.isdigit() for name in targets or ())
+    if number or set(filter(asked.adapts, every)) != adapted:
+        targets = tuple(sorted(adapted, key=by_number))
+    if set(filter(asked.saves, every)) != kept:
+        saved = tuple(sorted(kept, key=by_number))
+    return targets, saved
+
+
+def _settings(
+    config: LoraConfig, plan: Plan, specs: Specs, base_model: str, task_type: str, doubled: bool
+) -> dict[str, Any]:
+    """adapter_config.json. At twice the rank, alpha grows with it so that the scale stays."""
+    targets, saved = _named(config, plan, specs)
+    table = specs["embed"].hf.removesuffix(".weight")
     more, wider = 1.0, 1
     if doubled:
         more, wider = math.sqrt(2) if config.use_rslora else 2.0, 2
@@ -155,7 +175,7 @@ def _settings(
         "layers_to_transform": _listed(config.layers_to_transform),
         "rank_pattern": {key: wider * rank for key, rank in config.rank_pattern.items()},
         "alpha_pattern": {key: _integral(more * alpha) for key, alpha in config.alpha_pattern.items()},
-        "ensure_weight_tying": tied(specs) and any(TABLE[:-7].endswith(end) for end in saved),
+        "ensure_weight_tying": tied(specs) and any(table.endswith(end) for end in saved),
         "fan_in_fan_out": False,
     }
 
@@ -207,7 +227,8 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, str | None]:
 def load_adapter(folder: Path, specs: Specs, dtype: str = "float32") -> tuple[Plan, Params]:
     """The plan and the trained weights, in `dtype`, of an adapter of the model that `specs` declare.
 
-    Of a language model's adapter, a model with a head of scores takes all but what is the other head's.
+    Of a language model's adapter, a model with a head of scores takes all but what is the other head's; of any, what
+    belongs to weights that nothing reads is left. A bias that isn't in the file isn't trained, whatever `bias` says.
 
     Raises, beside what `read_adapter_config` and `lora.plan` raise:
         InputMissing: no weights. Refused: only pickled ones.
@@ -218,6 +239,8 @@ def load_adapter(folder: Path, specs: Specs, dtype: str = "float32") -> tuple[Pl
     plan = plan_of(config, specs, where=lambda _: where, unmatched=True)
     if config.task_type != "SEQ_CLS" and "score" not in (config.modules_to_save or ()):
         plan = replace(plan, whole={path: layers for path, layers in plan.whole.items() if path != "score"})
+    tensors = _read(folder, specs)
+    plan = _with_biases_of(tensors, plan, specs)
     places = _places(plan, specs)
     if PREFIX + HEAD in places and tied(specs) and not read_json(folder / CONFIG).get("ensure_weight_tying"):
         raise ConfigError(
@@ -225,9 +248,6 @@ def load_adapter(folder: Path, specs: Specs, dtype: str = "float32") -> tuple[Pl
             where=where,
             fix="train the adapter with ensure_weight_tying = true",
         )
-    tensors = _read(folder)
-    if "score" in specs:
-        tensors = {name: array for name, array in tensors.items() if not name.startswith(PREFIX + "lm_head.")}
     _check(folder / WEIGHTS, tensors, places)
     trained = plan.specs(specs)
     arrays = {path: np.zeros(spec.shape, jnp.dtype(dtype)) for path, spec in trained.items()}
@@ -239,7 +259,20 @@ def load_adapter(folder: Path, specs: Specs, dtype: str = "float32") -> tuple[Pl
     return plan, {path: jnp.asarray(array) for path, array in arrays.items()}
 
 
-def _read(folder: Path) -> dict[str, np.ndarray]:
+def _with_biases_of(tensors: Mapping[str, np.ndarray], plan: Plan, specs: Specs) -> Plan:
+    """The plan without the biases that the file lacks, which a stage with frozen parts leaves out; those of a module
+    trained whole stay."""
+    places = _places(plan, specs)
+    whole = {path: layers.copy() for path, layers in plan.whole.items()}
+    for name, place in places.items():
+        beside = name.removesuffix("bias") + "weight"
+        if name.endswith(".bias") and name not in tensors and beside not in places:
+            whole[place.path][place.index] = False
+    return replace(plan, whole={path: layers for path, layers in whole.items() if layers.any()})
+
+
+def _read(folder: Path, specs: Specs) -> dict[str, np.ndarray]:
+    """The file's tensors, but those of what this model lacks or doesn't read."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -251,10 +284,14 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
         )
     path = inside(folder, WEIGHTS)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         hint = content_hint(path) or f"cut short, or not safetensors ({error})"
         raise BadData(hint, where=str(path), fix="copy the adapter again") from None
+    idle = {module for some in unused(specs) for _, module in modules(specs[some])}
+    idle |= {"lm_head"} if "score" in specs else set()
+    passed = tuple(f"{PREFIX}{module}." for module in idle)
+    return {name: array for name, array in tensors.items() if not name.startswith(passed)}
 
 
 def _check(path: Path, tensors: Mapping[str, np.ndarray], places: Mapping[str, Place]) -> None:
@@ -267,9 +304,10 @@ def _check(path: Path, tensors: Mapping[str, np.ndarray], places: Mapping[str, P
     faults += [
         f"{name} is not asked for" for name in sorted(tensors.keys() - places) if not FROZEN.search(name)
     ]
-    if not faults and PREFIX + HEAD in places and places[PREFIX + HEAD] is places.get(PREFIX + TABLE):
-        same = np.array_equal(tensors[PREFIX + HEAD], tensors[PREFIX + TABLE])
-        faults += [] if same else [f"{HEAD} differs from {TABLE}, to which it is tied"]
+    head = PREFIX + HEAD
+    for table in [name for name, place in places.items() if place is places.get(head) and name != head]:
+        if not faults and not np.array_equal(tensors[head], tensors[table]):
+            faults += [f"{HEAD} differs from {table.removeprefix(PREFIX)}, to which it is tied"]
     if faults:
         shown = faults[:8] + ([f"and {len(faults) - 8} more"] if len(faults) > 8 else [])
         raise BadData(

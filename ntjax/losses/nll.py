@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from ntjax.metrics import Mean, Metrics
-from ntjax.ops.logprobs import TokenLogprobs
+from ntjax.ops.logprobs import Likelihood
 
 
-def nll(scores: TokenLogprobs, mask: jax.Array) -> Metrics:
-    """Mean negative log-likelihood (nats) of the tokens where `mask` [B, T] is true, with TRL's SFT metrics."""
-    chex.assert_equal_shape([scores.logp, mask])
-    learned = mask.astype(jnp.float32)
-    count = learned.sum()
+def nll(sums: Likelihood, mask: jax.Array) -> Metrics:
+    """Mean negative log-likelihood (nats) of the tokens where `mask` [B, T] is true, of which the sums are, with TRL's
+    SFT metrics."""
+    count = mask.sum(dtype=jnp.float32)
     return {
-        "loss": Mean(-(scores.logp * learned).sum(), count),
-        "entropy": Mean((scores.entropy * learned).sum(), count),
-        "mean_token_accuracy": Mean((scores.correct * learned).sum(), count),
+        "loss": Mean(-sums.logp, count),
+        "entropy": Mean(sums.entropy, count),
+        "mean_token_accuracy": Mean(sums.correct, count),
     }

@@ -30,6 +30,17 @@ class Targets(NamedTuple):
         return cls(learned, (following == segments) & (following > 0), following, pairs)
 
 
+def apart(mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mask and segments of tokens [B, 1, T], whose rows hold both documents of each pair, as those of either [B, 2, T].
+
+    What pair k's documents begin with is segment 3k + 1, what was chosen 3k + 2, what was rejected 3k + 3. They become
+    segment k + 1 on the side whose document they belong to, the beginning on both, and nothing on the other.
+    """
+    pair, part = (segments + 2) // 3, (segments + 2) % 3
+    owned = jnp.concatenate([part != 2, part != 1], axis=1)
+    return mask & owned, jnp.where(owned, pair, 0)
+
+
 class Pairs(NamedTuple):
     """Sums of log-probabilities over completions and numbers of their tokens, [N] fp32 each.
 

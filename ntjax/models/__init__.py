@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +15,25 @@ from ntjax.layout import Layout
 from ntjax.models.decoder import Cache, Decoder, DecoderConfig, Model
 from ntjax.ops.attention import chosen
 
-__all__ = ["Cache", "Decoder", "DecoderConfig", "Model", "build", "families", "is_scoring", "scoring_config"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "Model",
+    "build",
+    "families",
+    "is_scoring",
+    "scoring_config",
+    "sees",
+]
 
 LANGUAGE, SCORING = "ForCausalLM", "ForSequenceClassification"
 
 
 def families() -> list[str]:
     """The `model_type`s that can be built."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "decoder")
+    modules = (module for module in pkgutil.iter_modules(__path__) if not module.ispkg)
+    return sorted(module.name for module in modules if module.name != "decoder")
 
 
 def build(
@@ -48,13 +60,17 @@ def build(
         )
     family = importlib.import_module(f"ntjax.models.{name}")
     full = AutoConfig.for_model(**hf)
-    if getattr(full, "attention_dropout", 0.0):
-        raise ConfigError(
-            f"attention_dropout = {full.attention_dropout} isn't there", fix="set it to 0 in config.json"
-        )
+    parts = full, getattr(full, "text_config", None), getattr(full, "vision_config", None)
+    if rate := max(getattr(part, "attention_dropout", 0.0) for part in parts):
+        raise ConfigError(f"attention_dropout = {rate} isn't there", fix="set it to 0 in config.json")
     kernel = chosen(attention, layout.mesh.devices.flat[0].platform if layout else jax.default_backend())
     config = replace(family.config_from_hf(full), dtype=dtype, remat=remat, labels=labels, attention=kernel)
     return Model.of(family.decoder(config), hf, layout)
+
+
+def sees(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a vision-language model."""
+    return "vision_config" in hf
 
 
 def is_scoring(hf: dict[str, Any]) -> bool:

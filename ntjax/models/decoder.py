@@ -12,7 +12,7 @@ D embed, K key/value heads, h head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from ntjax.layout import Layout
+from ntjax.models.vision.pictures import Pictures, Vision
 from ntjax.ops.attention import Kept, Tokens
-from ntjax.ops.logprobs import TokenLogprobs, token_logprobs
+from ntjax.ops.logprobs import Likelihood, TokenLogprobs, likelihood, token_logprobs
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.remat import rematerialised
 from ntjax.ops.rope import Rope, rotations
@@ -54,12 +55,19 @@ class DecoderConfig:
     attention: str = "xla"  # a kernel of ops/attention
     dtype: str = "float32"  # of activations and of matmuls; weights are cast to it where they are used
     remat: str | tuple[str, ...] = "none"  # see ops/remat
+    prefix: str = "model."  # of the Hugging Face names
+    vision: Vision | None = None  # what a family that sees has beside the language model
 
     @property
     def sizes(self) -> dict[str, int]:
         """Axis name -> size."""
         names = ("vocab", "embed", "mlp", "layers", "heads", "kv_heads", "head_dim", "labels")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def layer(self) -> str:
+        """What the Hugging Face names of a layer begin with."""
+        return self.prefix + "layers.{layers}."
 
 
 @struct.dataclass
@@ -74,6 +82,7 @@ class Cache:
     prompts: Tokens  # [P, T] each
     own: Tokens  # [R, S] each
     at: jax.Array  # [] int32
+    shift: jax.Array  # [R] int32: how far rotations are ahead of positions, after pictures (below 0: behind)
 
 
 class Block(Protocol):
@@ -101,20 +110,31 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, block: nnx.Module):
         sizes = config.sizes
         self.config = config
-        self.embed = weight(sizes, "vocab embed", "model.embed_tokens.weight")
+        self.embed = weight(sizes, "vocab embed", config.prefix + "embed_tokens.weight")
         self.blocks = block
-        self.norm = weight(sizes, "embed", "model.norm.weight", init="ones")
+        self.norm = weight(sizes, "embed", config.prefix + "norm.weight", init="ones")
         if config.labels:
             self.score = weight(sizes, "embed -> labels", "score.weight")
         elif not config.tied:
             self.head = weight(sizes, "embed -> vocab", "lm_head.weight")
 
+    def embedded(self, ids: jax.Array, pictures: Pictures | None) -> jax.Array:
+        """What the first layer reads [B, T, D]: words, and in families that see, pictures among them."""
+        return whole(self.embed.get_value())[ids].astype(self.config.dtype)
+
     def __call__(
-        self, ids: jax.Array, tokens: Tokens, *, keep: bool = False, parted: bool = False
+        self,
+        ids: jax.Array,
+        tokens: Tokens,
+        pictures: Pictures | None = None,
+        *,
+        keep: bool = False,
+        parted: bool = False,
     ) -> tuple[jax.Array, Any]:
         config = self.config
-        x = whole(self.embed.get_value())[ids].astype(config.dtype)
-        context = Context(rotations(config.rope, tokens), tokens, keep, parted)
+        x = self.embedded(ids, pictures)
+        turned = rotations(config.rope, tokens, pictures.places if pictures else None)
+        context = Context(turned, tokens, keep, parted)
         graph, layers = nnx.split(self.blocks)
 
         def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
@@ -131,12 +151,13 @@ class Decoder(nnx.Module):
         x = self.embed.get_value()[ids].astype(config.dtype)
         at = cache.at % cache.own.segments.shape[1]
         own = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0, at)), cache.own, tokens)
-        context = Context(rotations(config.rope, tokens), tokens, before=(cache.prompts, own), at=at)
+        shifted = Tokens(tokens.positions + cache.shift[:, None], tokens.segments)
+        context = Context(rotations(config.rope, shifted), tokens, before=(cache.prompts, own), at=at)
         written = []
         for weights, kept in zip(layers, cache.layers, strict=True):
             x, kept = self._continued(x, weights, context, kept)
             written.append(kept)
-        cache = Cache(tuple(written), cache.prompts, own, cache.at + 1)
+        cache = Cache(tuple(written), cache.prompts, own, cache.at + 1, cache.shift)
         return rms_norm(x, self.norm.get_value(), config.eps), cache
 
     def _continued(self, x: jax.Array, weights: Any, context: Context, kept: Kept) -> tuple[jax.Array, Kept]:
@@ -185,37 +206,62 @@ class Model:
         leaves = [(tuple(path.split(".")), nnx.Param(params[path])) for path in sorted(self.specs)]
         return nnx.merge(self.graph, nnx.from_flat_state(leaves))
 
-    def hidden(self, params: Params, ids: jax.Array, tokens: Tokens) -> jax.Array:
-        """Normalised last hidden states [B, T, D] of ids [B, T] int32.
+    def hidden(
+        self, params: Params, ids: jax.Array, tokens: Tokens, pictures: Pictures | None = None
+    ) -> jax.Array:
+        """Normalised last hidden states [B, T, D] of ids [B, T] int32, some of which stand for pictures.
 
         Embedding look-up clamps ids that are out of range silently: they are checked on the host.
         """
         layout = self.layout
         if layout is None:
-            return self.bind(params)(ids, tokens)[0]
+            return self.bind(params)(ids, tokens, pictures)[0]
 
-        def hidden(params: Params, ids: jax.Array, tokens: Tokens) -> jax.Array:
+        def hidden(params: Params, ids: jax.Array, tokens: Tokens, at: Any = None, units: Any = None) -> Any:
+            seen = None if units is None else Pictures(at[0], units, at[1])
             with _on(layout):
-                return self.bind(params)(ids, tokens, parted=layout.sequence > 1)[0]
+                return self.bind(params)(ids, tokens, seen, parted=layout.sequence > 1)[0]
 
         params = {path: params[path] for path in self.specs}
-        return layout.over_rows(hidden, params, self.specs, ids, tokens)
+        if pictures is None:
+            return layout.over_rows(hidden, params, self.specs, ids, tokens)
+        at = pictures.index, pictures.places
+        return layout.over_rows(hidden, params, self.specs, ids, tokens, at, units=pictures.units)
 
-    def logprobs(self, params: Params, hidden: jax.Array, targets: jax.Array) -> TokenLogprobs:
-        """`token_logprobs` under the head of tokens: hidden [B, T, D], targets [B, T] int32 -> [B, T] each."""
+    def logprobs(
+        self, params: Params, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
+    ) -> TokenLogprobs:
+        """`token_logprobs` under the head of tokens: hidden [B, T, D], targets [B, T] int32, which of them are
+        `wanted` [B, T] bool -> [B, T] each."""
+        return self._under_head(token_logprobs, params, hidden, targets, wanted)
+
+    def likelihood(
+        self, params: Params, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
+    ) -> Likelihood:
+        """Sums of `logprobs` over the tokens that are wanted, with a cheaper gradient."""
+
+        def sums(*given: jax.Array) -> Likelihood:
+            return jax.tree.map(lambda x: x.reshape(1, 1), likelihood(*given))  # of a device's own tokens
+
+        return jax.tree.map(jnp.sum, self._under_head(sums, params, hidden, targets, wanted))
+
+    def _under_head(self, function: Callable[..., Any], params: Params, hidden: jax.Array, *of: Any) -> Any:
+        """`function(hidden, head, *of)`, on each device of its own rows and tokens."""
         if self.layout is None:
-            return token_logprobs(hidden, self.head(params), targets)
+            return function(hidden, self.head(params), *of)
         name = "embed" if self.config.tied else "head"
 
-        def scores(params: Params, hidden: jax.Array, targets: jax.Array) -> TokenLogprobs:
-            return token_logprobs(hidden, whole(params[name]), targets)
+        def own(params: Params, hidden: jax.Array, *of: Any) -> Any:
+            return function(hidden, whole(params[name]), *of)
 
-        return self.layout.over_rows(scores, {name: params[name]}, self.specs, hidden, targets)
+        return self.layout.over_rows(own, {name: params[name]}, self.specs, hidden, *of)
 
-    def prefill(self, params: Params, ids: jax.Array, tokens: Tokens) -> tuple[jax.Array, list[Any]]:
+    def prefill(
+        self, params: Params, ids: jax.Array, tokens: Tokens, pictures: Pictures | None = None
+    ) -> tuple[jax.Array, list[Any]]:
         """`hidden`, and the keys and values of each of the `parts`: [B, K, T, h], or [L, B, K, T, h]."""
         with _on(self.layout):
-            hidden, kept = self.bind(params)(ids, tokens, keep=True)
+            hidden, kept = self.bind(params)(ids, tokens, pictures, keep=True)
         return hidden, self._parted(kept)
 
     @property
@@ -268,7 +314,7 @@ class Model:
 
         layers = self._parted(Kept(empty(prompts, prompt_time), empty(rows, columns)))
         places = nowhere(prompts, prompt_time), nowhere(rows, columns)
-        return Cache(tuple(layers), *places, jnp.zeros((), jnp.int32))
+        return Cache(tuple(layers), *places, jnp.zeros((), jnp.int32), jnp.zeros(rows, jnp.int32))
 
 
 def _on(layout: Layout | None) -> AbstractContextManager[Any]:

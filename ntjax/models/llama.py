@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ntjax.errors import ConfigError
 from ntjax.models.decoder import Context, Decoder, DecoderConfig
+from ntjax.ops.activations import ACTIVATIONS, known
 from ntjax.ops.attention import across, attention, continued
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.remat import named
@@ -20,20 +20,12 @@ from ntjax.ops.rope import rope_from_hf, rotate
 from ntjax.params import weight
 from ntjax.weights import einsum
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
-LAYER = "model.layers.{layers}."
-
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: DecoderConfig):
-        sizes, hf = config.sizes, LAYER + "self_attn."
+        sizes, hf = config.sizes, config.layer + "self_attn."
         self.window, self.kernel = config.window, config.attention
         self.q = weight(sizes, "embed -> heads head_dim", hf + "q_proj.weight")
         self.k = weight(sizes, "embed -> kv_heads head_dim", hf + "k_proj.weight")
@@ -69,7 +61,7 @@ class MLP(nnx.Module):
     """Gated MLP: down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
     def __init__(self, config: DecoderConfig):
-        sizes, hf = config.sizes, LAYER + "mlp."
+        sizes, hf = config.sizes, config.layer + "mlp."
         self.activation = config.activation
         self.gate = weight(sizes, "embed -> mlp", hf + "gate_proj.weight")
         self.up = weight(sizes, "embed -> mlp", hf + "up_proj.weight")
@@ -89,11 +81,11 @@ class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig):
-        sizes = config.sizes
+        sizes, hf = config.sizes, config.layer
         self.eps = config.eps
-        self.attn_norm = weight(sizes, "embed", LAYER + "input_layernorm.weight", init="ones")
+        self.attn_norm = weight(sizes, "embed", hf + "input_layernorm.weight", init="ones")
         self.attn = Attention(config)
-        self.mlp_norm = weight(sizes, "embed", LAYER + "post_attention_layernorm.weight", init="ones")
+        self.mlp_norm = weight(sizes, "embed", hf + "post_attention_layernorm.weight", init="ones")
         self.mlp = MLP(config)
 
     def __call__(self, x: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
@@ -113,9 +105,7 @@ def biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
 
 
 def config_from_hf(hf: Any) -> DecoderConfig:
-    """From a transformers `LlamaConfig`."""
-    if hf.hidden_act not in ACTIVATIONS:
-        raise ConfigError(f"hidden_act {hf.hidden_act!r} isn't there", fix=f"one of {sorted(ACTIVATIONS)} is")
+    """From a transformers `LlamaConfig`. Raises ConfigError: an unknown activation or scaling of rotations."""
     return DecoderConfig(
         vocab=hf.vocab_size,
         embed=hf.hidden_size,
@@ -127,7 +117,7 @@ def config_from_hf(hf: Any) -> DecoderConfig:
         rope=rope_from_hf(hf.rope_parameters, hf.head_dim, hf.max_position_embeddings),
         eps=hf.rms_norm_eps,
         tied=hf.tie_word_embeddings,
-        activation=hf.hidden_act,
+        activation=known(hf.hidden_act),
         qkv_bias=hf.attention_bias,
         out_bias=hf.attention_bias,
         mlp_bias=hf.mlp_bias,

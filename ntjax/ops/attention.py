@@ -22,7 +22,6 @@ from ntjax.errors import ConfigError
 from ntjax.mesh import ROWS, SEQUENCE, TENSOR
 from ntjax.ops.remat import named
 
-BLOCK = 256  # queries whose scores are alive at a time
 Kernel = Callable[..., jax.Array]  # with `plain`'s arguments
 
 
@@ -31,16 +30,22 @@ class Tokens(NamedTuple):
 
     Positions restart at 0 in every document of a packed row; segment 0 is padding. Within one segment,
     comparing positions is comparing time, so the same rule serves packed rows, left padding and a cache.
+    Documents that begin alike may have their beginning once, as a segment of its own: `prefixes` [B, T] int32 are then
+    the segments that tokens go on from, their own where they go on from none.
     """
 
     positions: jax.Array
     segments: jax.Array
+    prefixes: jax.Array | None = None
 
 
 def visible(queries: Tokens, keys: Tokens, window: int | None) -> jax.Array:
     """[B, T, S] bool: a query sees keys of its own document, not after it, at most `window - 1` before it."""
     ahead = queries.positions[:, :, None] - keys.positions[:, None, :]
-    seen = (queries.segments[:, :, None] == keys.segments[:, None, :]) & (ahead >= 0)
+    same = queries.segments[:, :, None] == keys.segments[:, None, :]
+    if queries.prefixes is not None:
+        same |= queries.prefixes[:, :, None] == keys.segments[:, None, :]
+    seen = same & (ahead >= 0)
     return seen if window is None else seen & (ahead < window)
 
 
@@ -63,8 +68,8 @@ def attention(
             y = KERNELS[kernel](q, k, v, queries, keys, window)
     except NotImplementedError:
         return attention(q, k, v, queries, keys, window, NEXT[kernel])
-    # A platform's own kernel names what it keeps, the result too: under the same name this one would be kept beside it.
-    return y if kernel in OWN.values() else named(y, "attention")
+    # The others name what they keep, the result too: under the same name this one would be kept beside it.
+    return named(y, "attention") if kernel == "xla" else y
 
 
 def across(keys: Tokens, k: jax.Array, v: jax.Array) -> tuple[Tokens, jax.Array, jax.Array]:
@@ -74,7 +79,7 @@ def across(keys: Tokens, k: jax.Array, v: jax.Array) -> tuple[Tokens, jax.Array,
     which stay where they are, and packed rows need no other mask.
     """
     gather = partial(jax.lax.all_gather, axis_name=SEQUENCE, axis=1, tiled=True)
-    return Tokens(*map(gather, keys)), gather(k), gather(v)
+    return jax.tree.map(gather, keys), gather(k), gather(v)
 
 
 class Kept(NamedTuple):
@@ -148,37 +153,6 @@ def plain(
     return jnp.einsum("BKGTS,BSKh->BTKGh", probs, v).reshape(batch, time, heads, head_dim)
 
 
-def blocked(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens, window: int | None
-) -> jax.Array:
-    """`attention` that holds the scores of one block of queries, formed again in the backward pass.
-
-    Memory grows with S instead of T * S (arXiv:2112.05682, with blocks over queries only). Queries that fit
-    one block, as when sampling, are left to `plain`.
-    """
-    time = q.shape[1]
-    count = -(-time // BLOCK)
-    if count == 1:
-        raise NotImplementedError("one block is the plain attention")
-    size = -(-time // count)
-
-    def split(x: jax.Array, fill: int = 0) -> jax.Array:
-        pad = [(0, 0), (0, count * size - time), *[(0, 0)] * (x.ndim - 2)]
-        padded = jnp.pad(x, pad, constant_values=fill)
-        return padded.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
-
-    # Gradients of keys and values are sums over blocks, and sums are fp32.
-    wide_k, wide_v = k.astype(jnp.float32), v.astype(jnp.float32)
-
-    def block(part: tuple[jax.Array, Tokens]) -> jax.Array:
-        return plain(part[0], wide_k.astype(k.dtype), wide_v.astype(v.dtype), part[1], keys, window)
-
-    # What fills the last block is of no document: it sees nothing, and is cut off.
-    parts = split(q), Tokens(split(queries.positions), split(queries.segments, fill=-1))
-    y = jax.lax.map(jax.checkpoint(block, prevent_cse=False), parts)
-    return y.swapaxes(0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :time]
-
-
 def partitions(mesh: AbstractMesh, batch: int, kv_heads: int) -> tuple[PartitionSpec, PartitionSpec]:
     """How [batch, time] and [batch, time, heads, head_dim] are split over axes of a mesh that are left to XLA, which
     a kernel of its own takes over: XLA can't split one.
@@ -203,24 +177,22 @@ def _imported(name: str) -> Kernel:
 
 KERNELS: dict[str, Kernel] = {
     "xla": plain,
-    "blocked": blocked,
+    "blocked": _imported("blocked"),
     "splash": _imported("splash"),
     "cudnn": _imported("cudnn"),
 }
 NEXT = {"splash": "blocked", "cudnn": "blocked", "blocked": "xla"}
 OWN = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # the kernel that only this platform has
-ELSE = {"auto": "xla", "flash": "blocked"}  # asks for the platform's own kernel, for this where it has none
 
 
 def chosen(attention: str, platform: str, where: str | None = None) -> str:
-    """The kernel that `attention` means on a platform: "auto" is the platform's own, else "xla"; "flash" is the
-    platform's own, else "blocked".
+    """The kernel that `attention` means on a platform: "auto" is the platform's own, else "blocked".
 
     Raises ConfigError at `where` for another platform's.
     """
     own = OWN.get(platform)
-    if attention in ELSE:
-        return own or ELSE[attention]
+    if attention == "auto":
+        return own or "blocked"
     if attention in OWN.values() and attention != own:
         raise ConfigError(
             f'attention = "{attention}": the devices are {platform}, which have no such kernel',

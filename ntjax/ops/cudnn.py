@@ -60,6 +60,8 @@ def cudnn(
     A document's tokens stand together and in order, so comparing indices is comparing positions. What the backward pass
     needs of the result, its logsumexps with it, is named "attention" (`ops.remat`).
     """
+    if queries.prefixes is not None:
+        raise NotImplementedError("a token sees its own document alone")
     _check(q, k, v)
     mesh = jax.sharding.get_abstract_mesh()
     arrays = (q, k, v, documents(queries.segments))

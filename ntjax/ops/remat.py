@@ -23,9 +23,12 @@ def named(x: jax.Array, name: str) -> jax.Array:
 
 def rematerialised(layer: Callable[..., Any], keep: str | tuple[str, ...]) -> Callable[..., Any]:
     """The layer, which keeps nothing ("full"), its named activations ("minimal"), all products with a weight ("dots"),
-    those of some names, or the named ones in the host's memory ("offload"); "none": whatever differentiating keeps.
+    those of some names, the named ones in the host's memory ("offload"), or both named ones and products ("none").
+
+    With "none" no product is formed again, and no kernel of attention run: only what is elementwise, which takes less
+    time than writing and reading it. Differentiating keeps twice as much by itself ("everything", for counting).
     """
-    if keep == "none":
+    if keep == "everything":
         return layer
     return jax.checkpoint(layer, prevent_cse=False, policy=_policy(keep))
 
@@ -43,4 +46,7 @@ def _policy(keep: str | tuple[str, ...]) -> Any:
             offload_src="device",
             offload_dst="pinned_host",
         )
-    return policies.save_only_these_names(*(NAMES if keep == "minimal" else keep))
+    named = policies.save_only_these_names(*(NAMES if keep in ("none", "minimal") else keep))
+    if keep == "none":
+        return policies.save_from_both_policies(named, policies.dots_with_no_batch_dims_saveable)
+    return named

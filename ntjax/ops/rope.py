@@ -23,12 +23,14 @@ SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
 class Rope:
     """How positions become angles; `frequencies` in radians a position, [head_dim / 2].
 
-    `stretch` is the dynamic scaling's (base, factor, pretrained length), None for the others.
+    `stretch` is the dynamic scaling's (base, factor, pretrained length), None for the others. `sections`: how many
+    frequencies turn with a token's time, how many with its row and how many with its column (arXiv:2409.12191, 2.1).
     """
 
     frequencies: tuple[float, ...]
     scale: float = 1.0  # of cos and sin (yarn's attention factor)
     stretch: tuple[float, float, int] | None = None
+    sections: tuple[int, ...] = ()
 
 
 def rope_from_hf(parameters: Mapping[str, float], head_dim: int, max_positions: int) -> Rope:
@@ -53,12 +55,18 @@ def rope_from_hf(parameters: Mapping[str, float], head_dim: int, max_positions: 
     return Rope(_floats(freq))
 
 
-def rotations(rope: Rope, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every token's angles, each [B, T, head_dim / 2] fp32."""
+def rotations(rope: Rope, tokens: Tokens, places: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every token's angles, each [B, T, head_dim / 2] fp32.
+
+    `places` [B, T, 3] are those of tokens in time, row and column, where these aren't all its position.
+    """
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)
     if rope.stretch is not None:
         frequencies = _dynamic(rope, _document_lengths(tokens))
-    angles = tokens.positions[..., None].astype(jnp.float32) * frequencies
+    at = tokens.positions[..., None]
+    if places is not None and rope.sections:
+        at = jnp.repeat(places, np.array(rope.sections), axis=-1, total_repeat_length=len(rope.frequencies))
+    angles = at.astype(jnp.float32) * frequencies
     return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
 
 

@@ -45,6 +45,8 @@ def splash(
     """
     mesh, time = jax.sharding.get_abstract_mesh(), q.shape[1]
     parts = mesh.shape[SEQUENCE] if SEQUENCE in mesh.manual_axes else 1
+    if queries.prefixes is not None:
+        raise NotImplementedError("a token sees its own segment alone")
     if k.shape[1] != parts * time:
         raise NotImplementedError("keys are of other tokens than the queries")
     if time < LANES:

@@ -207,8 +207,11 @@ def _open(names: Mapping[str, inspect.Parameter]) -> bool:
 
 
 def _text(said: Any) -> str:
-    """The text of a prompt or a completion; of messages, that of the last."""
-    return said if isinstance(said, str) else str(said[-1]["content"])
+    """The text of a prompt or a completion; of messages, that of the last, images left out."""
+    content = said if isinstance(said, str) else said[-1]["content"]
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content)
+    return str(content)
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
     from ntjax.data.files import Rows
     from ntjax.data.loader import Examples
+    from ntjax.data.pictures import Vision
     from ntjax.models import Model
+    from ntjax.ops.attention import Tokens
     from ntjax.params import Params
     from ntjax.step import Batch, Loss
 
@@ -32,20 +35,22 @@ SCHEDULES = {
     "reduce_lr_on_plateau": (),
     "greedy": (),
 }
-OPTIMIZERS = ("adamw_torch", "adafactor", "lion", "sgd", "muon")
-OPTIMIZERS_LATER = {
-    "adamw_8bit": "8-bit optimizers",
-    "adamw_bnb_8bit": "8-bit optimizers",
-    "paged_adamw_8bit": "8-bit optimizers",
-    "paged_adamw_32bit": "paged optimizers",
-    "lion_8bit": "8-bit optimizers",
-    "adagrad": "Adagrad",
-    "rmsprop": "RMSprop",
+OPTIMIZERS = ("adamw_torch", "adafactor", "lion", "sgd", "muon", "adamw_8bit", "lion_8bit")
+FIRST_MOMENTS = ("adamw_torch", "lion", "muon")  # those that keep one in floating point
+OPTIMIZERS_LATER = {"adagrad": "Adagrad", "rmsprop": "RMSprop"}
+# bitsandbytes' that move moments to the host's memory when a GPU's is short -> what to write instead.
+PAGED = {
+    "paged_adamw": "adamw_torch",
+    "paged_adamw_32bit": "adamw_torch",
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_lion_32bit": "lion",
+    "paged_lion_8bit": "lion_8bit",
 }
 BEST_MODEL = "choosing the best checkpoint"
 
 _TORCH = "it steers PyTorch"
 _LOADER = "the data plan is made once, and loading follows it"
+_FILLED = "a step's rows are filled in any case (padding_free)"
 _HUB = "ntjax uploads nothing"
 _TOP_LEVEL = "it is a setting of the whole run"
 _PROGRESS = "the run prints its progress, and use_wandb and use_tensorboard at the top level say where else"
@@ -69,9 +74,9 @@ ABSENT = {
     "auto_find_batch_size": _MEMORY,
     "skip_memory_metrics": _MEMORY,
     "dataloader_*": _LOADER,
-    "train_sampling_strategy": _LOADER,
-    "group_by_length": _LOADER,
-    "length_column_name": _LOADER,
+    "train_sampling_strategy": _FILLED,
+    "group_by_length": _FILLED,
+    "length_column_name": _FILLED,
     "label_names": "a batch has the fields its stage needs",
     "push_to_hub*": _HUB,
     "hub_*": _HUB,
@@ -140,10 +145,15 @@ class StageConfig(Table):
         },
     )
     lr_scheduler_kwargs: dict[str, float] = setting({})
+    learning_rates: dict[str, float] = setting({}, at_least=0)  # of parts of the model (`ntjax.parts`)
+    freeze: tuple[str, ...] = setting(())
     optimizer: str = setting(
         "adamw_torch",
-        choices=(*OPTIMIZERS, *OPTIMIZERS_LATER),
-        synonyms={"adamw": "adamw_torch", "adamw_torch_fused": "adamw_torch", "adamw_hf": "adamw_torch"},
+        choices=(*OPTIMIZERS, *PAGED, *OPTIMIZERS_LATER),
+        synonyms={
+            **dict.fromkeys(("adamw", "adamw_torch_fused", "adamw_hf"), "adamw_torch"),
+            **{"adamw_bnb_8bit": "adamw_8bit", "lion_bnb_8bit": "lion_8bit", "lion_32bit": "lion"},
+        },
         aliases=("optim",),
         later=OPTIMIZERS_LATER,
     )
@@ -151,6 +161,7 @@ class StageConfig(Table):
     adam_beta1: float = setting(0.9, at_least=0, at_most=1)
     adam_beta2: float = setting(0.999, at_least=0, at_most=1)
     adam_epsilon: float = setting(1e-8, above=0)
+    mu_dtype: str | None = setting(None, choices=("float32", "bfloat16"))  # of first moments; the weights'
     max_grad_norm: float = setting(1.0, at_least=0)
     label_smoothing_factor: float = setting(0.0, at_least=0, at_most=1, later="label smoothing")
     neftune_noise_alpha: float | None = setting(None, above=0, later="NEFTune noise")
@@ -218,6 +229,11 @@ class StageConfig(Table):
         return False
 
     @property
+    def fills(self) -> bool:
+        """Whether examples of a step share rows, each step having those it would have anyway."""
+        return False
+
+    @property
     def packs_in_order(self) -> bool:
         """Whether rows are packed in the order of the file, never in one drawn from the seed."""
         return False
@@ -229,8 +245,10 @@ class StageConfig(Table):
         dataset: DatasetConfig,
         formatting_func: Callable[..., Any] | None,
         vocab: int,
+        vision: Vision | None = None,
     ) -> Examples:
-        """Every row as tokens, and which of them are learned; `vocab` is the number the model has. On the host."""
+        """Every row as tokens, and which of them are learned; `vocab` is the number the model has, and `vision` what it
+        makes of images. On the host."""
         raise NotImplementedError
 
     def loss(self, model: Model) -> Loss:
@@ -247,8 +265,20 @@ class StageConfig(Table):
             yield "fp16", "a stage computes in bf16 or in fp16, not in both"
         if isinstance(self.pad_to_multiple_of, str) and self.pad_to_multiple_of != "auto":
             yield "pad_to_multiple_of", 'expected a whole number or "auto"'
+        if self.optimizer in PAGED:
+            yield (
+                "optimizer",
+                f"{self.optimizer} pages its state to the host's memory, which XLA does not: write "
+                f"{PAGED[self.optimizer]}, and offload_optimizer = true in [mesh] keeps the state there",
+            )
+        if self.mu_dtype is not None and self.optimizer not in FIRST_MOMENTS:
+            yield "mu_dtype", f"{self.optimizer} keeps no first moment in floating point"
         if self.max_steps == 0:
             yield "max_steps", "no steps would be taken; -1 means as many as num_train_epochs gives"
+        yield from _expressions("freeze", self.freeze)
+        yield from _expressions("learning_rates", self.learning_rates)
+        if self.learning_rates and not self.learning_rate:
+            yield "learning_rates", "they follow learning_rate in its schedule, which is 0 from the start"
         unknown = set(self.lr_scheduler_kwargs) - set(SCHEDULES[self.lr_scheduler_type])
         if unknown:
             known = ", ".join(SCHEDULES[self.lr_scheduler_type]) or "none"
@@ -268,17 +298,36 @@ class StageConfig(Table):
             yield "do_eval", f"eval_strategy = {self.eval_strategy!r} asks for evaluation"
 
 
+def _expressions(name: str, patterns: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield name, f"{pattern!r} is no regular expression: {error}"
+
+
+def standing(batch: Batch) -> Tokens:
+    """Where a batch's tokens stand, [rows, time] each."""
+    from ntjax.ops.attention import Tokens
+
+    time = batch["tokens"].shape[-1]
+    segments, positions = (batch[name].reshape(-1, time) for name in ("segments", "positions"))
+    return Tokens(positions, segments, batch["prefixes"].reshape(-1, time) if "prefixes" in batch else None)
+
+
 def next_token_loss(model: Model) -> Loss:
     """Negative log-likelihood of the learned tokens, each predicted from those before it."""
     import jax.numpy as jnp
 
     from ntjax.losses.nll import nll
+    from ntjax.models.vision.pictures import Pictures
     from ntjax.ops.attention import Tokens
 
     def loss(params: Any, batch: Any) -> Any:
-        hidden = model.hidden(params, batch["tokens"], Tokens(batch["positions"], batch["segments"]))
+        at = Tokens(batch["positions"], batch["segments"])
+        hidden = model.hidden(params, batch["tokens"], at, Pictures.of(batch))
         # Position t predicts token t + 1; the last one predicts nothing, and no row learns its first token.
         targets, mask = (jnp.roll(batch[name], -1, axis=1) for name in ("tokens", "mask"))
-        return nll(model.logprobs(params, hidden, targets), mask)
+        return nll(model.likelihood(params, hidden, targets, mask), mask)
 
     return loss

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting, settings_of
-from ntjax.stages.base import ABSENT, StageConfig
+from ntjax.stages.base import ABSENT, StageConfig, standing
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
     from ntjax.data.files import Rows
     from ntjax.data.pairs import EncodedPairs
+    from ntjax.data.pictures import Vision
     from ntjax.losses.preference import Preference
     from ntjax.models import Model
     from ntjax.params import Params
@@ -32,6 +33,8 @@ LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair
 REFERENCE_FREE = {"simpo", "cpo", "orpo"}
 # For the others an f-divergence's normaliser would not cancel.
 ANY_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+# They sort a microbatch's pairs, or take the mean of its tokens.
+OF_MICROBATCH = {"aot", "aot_unpaired", "sft", "simpo", "cpo", "orpo"}
 # Setting -> the losses that look at it.
 READERS = {
     "label_smoothing": {"exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo"},
@@ -75,7 +78,8 @@ class Options(StageConfig):
     max_length: int = setting(1024, at_least=2, aliases=("max_seq_length",))
     truncation_mode: str = setting("keep_start", choices=("keep_start", "keep_end"))
     packing: bool = setting(False)
-    padding_free: bool = setting(False)  # the same: documents share rows, and none sees another
+    padding_free: bool = setting(True)
+    share_prompts: bool | str = setting("auto", choices=("auto", True, False))
     disable_dropout: bool = setting(True)
     router_aux_loss_coef: float | None = setting(None, at_least=0, later="losses on a router")
     pad_token: str | None = setting(None, later="a choice of the padding token")
@@ -91,7 +95,12 @@ class Options(StageConfig):
 
     @property
     def packs(self) -> bool:
-        return self.packing or self.padding_free
+        return self.packing
+
+    @property
+    def fills(self) -> bool:
+        whole = bool(OF_MICROBATCH & set(self.loss_type)) or self.rpo_alpha is not None
+        return self.padding_free and not (whole and self.gradient_accumulation_steps > 1)
 
     @property
     def reference_free(self) -> bool:
@@ -105,16 +114,18 @@ class Options(StageConfig):
         dataset: DatasetConfig,
         formatting_func: Callable[..., Any] | None,
         vocab: int,
+        vision: Vision | None = None,
     ) -> EncodedPairs:
         """Prompts and answers in pairs; the answers are learned, and margins are not looked at."""
         from functools import partial
 
         from ntjax.data.pairs import PairEncoder, encode_dpo, encode_pairs
+        from ntjax.data.rows import shown_rows
 
         encode = partial(encode_dpo, max_length=self.max_length, keep_end=self.truncation_mode == "keep_end")
         return encode_pairs(
-            rows,
-            PairEncoder(encode, tokenizer, dataset, formatting_func),
+            shown_rows(rows, dataset, vision),
+            PairEncoder(encode, tokenizer, dataset, formatting_func, vision),
             max_bad_rows=dataset.max_bad_rows,
             vocab_size=vocab,
             workers=dataset.preprocessing_num_workers,
@@ -131,10 +142,11 @@ class Options(StageConfig):
         preference = self._preference()
 
         def loss(params: Params, batch: Batch) -> Any:
-            hidden, scores, targets = _scored(model, params, batch)
+            hidden, scores, targets = _scored(model, params, batch, whole="orpo" in preference.losses)
             # A token's mean logit, without its logits; a product, since TPUs round the inputs of a matmul.
             row = dense(model.head(params), jnp.float32).mean(axis=0)
-            logits = (stop_gradient(hidden) * stop_gradient(row)).sum(axis=-1).reshape(scores.logp.shape)
+            logits = (stop_gradient(hidden) * stop_gradient(row)).sum(axis=-1).reshape(batch["tokens"].shape)
+            logits = jnp.broadcast_to(logits, scores.logp.shape)
             return preference_metrics(scores, logits, batch.get("ref_logps"), targets, preference)
 
         return loss
@@ -175,6 +187,8 @@ class Options(StageConfig):
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             yield "loss_weights", f"{len(self.loss_weights)} weights for {len(self.loss_type)} losses"
         yield from self._unread()
+        if self.share_prompts is True and not (self.fills and not self.packing):
+            yield "share_prompts", "pairs share rows only where padding_free fills these"
         losses = set(self.loss_type)
         if self.f_divergence_type != "reverse_kl" and losses - ANY_DIVERGENCE:
             name = min(losses - ANY_DIVERGENCE)
@@ -202,19 +216,25 @@ class Options(StageConfig):
                 yield name, f"{names} looks at no reference model"
 
 
-def _scored(model: Model, params: Params, batch: Batch) -> tuple[Any, Any, Any]:
-    """Hidden states [2B, T, D], the scores of the tokens they predict [B, 2, T], and which of those matter."""
+def _scored(model: Model, params: Params, batch: Batch, whole: bool = False) -> tuple[Any, Any, Any]:
+    """Hidden states [2B, T, D] (or [B, T, D] where pairs share rows), the scores of the tokens they predict [B, 2, T],
+    and which of those matter: those that are learned, or `whole` documents."""
     import jax
     import jax.numpy as jnp
 
-    from ntjax.losses.pairs import Targets
-    from ntjax.ops.attention import Tokens
+    from ntjax.losses.pairs import Targets, apart
+    from ntjax.models.vision.pictures import Pictures
 
     shape = batch["tokens"].shape
-    tokens, segments, positions = (
-        batch[name].reshape(-1, shape[-1]) for name in ("tokens", "segments", "positions")
-    )
-    hidden = model.hidden(params, tokens, Tokens(positions, segments))
-    scores = model.logprobs(params, hidden, jnp.roll(tokens, -1, axis=1))
-    scores = jax.tree.map(lambda x: x.reshape(shape), scores)
-    return hidden, scores, Targets.of(batch["mask"], batch["segments"], batch["pairs"])
+    tokens = batch["tokens"].reshape(-1, shape[-1])
+    hidden = model.hidden(params, tokens, standing(batch), Pictures.of(batch))
+    mask, segments = batch["mask"], batch["segments"]
+    if "prefixes" in batch:
+        mask, segments = apart(mask, segments)
+    targets = Targets.of(mask, segments, batch["pairs"])
+    wanted = targets.inside if whole else targets.mask
+    if "prefixes" in batch:
+        wanted = wanted.any(axis=1)
+    wanted = wanted.reshape(tokens.shape)
+    scores = model.logprobs(params, hidden, jnp.roll(tokens, -1, axis=1), wanted)
+    return hidden, jax.tree.map(lambda x: jnp.broadcast_to(x.reshape(shape), mask.shape), scores), targets

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ntjax.step import Batch, Loss
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+UNCLIPPED = ("cispo", "sapo", "vespo")
 _ENTROPY = "a bonus on entropy"
 
 
@@ -71,6 +72,7 @@ class Options(RolloutConfig):
     sync_ref_model: bool = setting(False)
     ref_model_mixup_alpha: float = setting(0.6, at_least=0, at_most=1)
     ref_model_sync_steps: int = setting(512, at_least=1)
+    share_prompts: bool | str = setting("auto", choices=("auto", True, False))
     max_tool_calling_iterations: int | None = setting(None, at_least=1, later="tools")
     disable_dropout: bool = setting(False)
     cast_lm_head_to_fp32: bool = setting(False, later="a head of another dtype")
@@ -90,6 +92,17 @@ class Options(RolloutConfig):
     @property
     def completion_length(self) -> int:
         return self.max_completion_length
+
+    @property
+    def regroups(self) -> bool:
+        # These look at a microbatch as a whole, and of clipped ratios TRL logs a microbatch's extremes.
+        whole = self.loss_type == "bnpo" or self.top_entropy_quantile < 1
+        return not whole and (self.loss_type in UNCLIPPED or self.on_policy)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the policy that drew is the one that is trained at each step."""
+        return self.geometry(1).steps == 1 and not self.generate_ahead
 
     def geometry(self, devices: int) -> Geometry:
         """`steps_per_generation` and `generation_batch_size` count microbatches and completions; whole steps are
@@ -127,7 +140,7 @@ class Options(RolloutConfig):
 
     def policy_scores(self, model: Model) -> Callable[[Params, Batch], Batch] | None:
         """Log-probs of the policy that drew, where it is not the policy that is trained at each of the steps."""
-        if self.geometry(1).steps == 1:
+        if self.on_policy:
             return None
         return lambda params, batch: {
             "old_logps": completion_scores(model, params, batch, self.temperature).logp
@@ -176,6 +189,8 @@ class Options(RolloutConfig):
             yield "generation_batch_size", f"not a multiple of num_generations = {self.num_generations}"
         if self.soft_punish_cache is not None and self.soft_punish_cache > self.max_completion_length:
             yield "soft_punish_cache", f"more than max_completion_length = {self.max_completion_length}"
+        if self.dynamic_sample and self.generate_ahead:
+            yield "generate_ahead", "dynamic_sample waits for the rewards before it draws what is missing"
         if self.max_resample_times != 3 and not self.dynamic_sample:
             yield "max_resample_times", "only dynamic_sample = true has a use for it"
         for name in ("reference_model_path", "sync_ref_model"):

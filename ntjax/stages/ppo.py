@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ntjax.models import Model
     from ntjax.params import Params
+    from ntjax.sampler import Sampling
     from ntjax.step import Batch, Loss
 
 
@@ -40,7 +41,7 @@ class Options(RolloutConfig):
     missing_eos_penalty: float | None = setting(None, at_least=0)
     response_length: int = setting(53, at_least=1, aliases=("max_completion_length", "max_new_tokens"))
     stop_token: str | None = setting(None, choices=("eos",))
-    stop_token_id: int | None = setting(None, at_least=0)
+    stop_token_id: int | None = setting(None, at_least=0)  # beside the model's own
     temperature: float = setting(0.7, above=0)
     reference_model_path: str | None = setting(None, aliases=("ref_model",))
     value_model_path: str | None = setting(None, later="a value model of its own")
@@ -64,6 +65,10 @@ class Options(RolloutConfig):
     @property
     def completion_length(self) -> int:
         return self.response_length
+
+    def sampling(self, stop_ids: tuple[int, ...], *, evaluating: bool = False) -> Sampling:
+        further = () if self.stop_token_id is None else (self.stop_token_id,)
+        return super().sampling((*stop_ids, *further), evaluating=evaluating)
 
     def geometry(self, devices: int) -> Geometry:
         rows = self.per_device_train_batch_size * devices

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting
+from ntjax.errors import ConfigError
 from ntjax.stages.base import StageConfig, next_token_loss
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
     from ntjax.data.encoded import Encoded
     from ntjax.data.files import Rows
+    from ntjax.data.pictures import Vision
     from ntjax.models import Model
     from ntjax.step import Loss
 
@@ -37,7 +39,7 @@ class Options(StageConfig):
         "keep_start", choices=("keep_start", "keep_end"), later={"keep_end": "truncation from the start"}
     )
     eval_packing: bool | None = setting(None, later="packing evaluation rows otherwise than training rows")
-    padding_free: bool = setting(False, later="batches without padding; packing does the same")
+    padding_free: bool = setting(True)
     loss_type: str = setting(
         "nll", choices=("nll", "dft"), synonyms={"chunked_nll": "nll"}, later={"dft": "the DFT loss"}
     )
@@ -57,6 +59,10 @@ class Options(StageConfig):
         return self.packing
 
     @property
+    def fills(self) -> bool:
+        return self.padding_free
+
+    @property
     def packs_in_order(self) -> bool:
         return self.packing_strategy == "wrapped"
 
@@ -67,15 +73,21 @@ class Options(StageConfig):
         dataset: DatasetConfig,
         formatting_func: Callable[..., Any] | None,
         vocab: int,
+        vision: Vision | None = None,
     ) -> Encoded:
         """Tokens of every document, in pieces of `max_length` at most."""
         from ntjax.data.pack import split, wrapped
         from ntjax.data.text import TextEncoder, encode_text_rows
 
+        if dataset.image_field is not None:
+            raise ConfigError(
+                f"image_field = {dataset.image_field!r}, but a pretrain stage learns text alone",
+                fix="remove image_field, or learn captions in an sft stage",
+            )
         truncates = self.packing_strategy == "bfd"
         encoded = encode_text_rows(
             rows,
-            TextEncoder(tokenizer, dataset, self.max_length if truncates else None, formatting_func),
+            TextEncoder(tokenizer, dataset, self.max_length if truncates else None, formatting_func, vision),
             max_bad_rows=dataset.max_bad_rows,
             vocab_size=vocab,
             workers=dataset.preprocessing_num_workers,

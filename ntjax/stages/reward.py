@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting
-from ntjax.stages.base import StageConfig
+from ntjax.stages.base import StageConfig, standing
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
     from ntjax.data.files import Rows
     from ntjax.data.pairs import EncodedPairs
+    from ntjax.data.pictures import Vision
     from ntjax.models import Model
     from ntjax.params import Params
     from ntjax.step import Batch, Loss
@@ -23,6 +24,7 @@ class Options(StageConfig):
     """Settings of a reward stage, under TRL's RewardConfig's names."""
 
     max_length: int = setting(1024, at_least=2, aliases=("max_seq_length",))
+    share_prompts: bool | str = setting("auto", choices=("auto", True, False))
     center_rewards_coefficient: float | None = setting(None, at_least=0)
     disable_dropout: bool = setting(True)
     chat_template_path: str | None = setting(None, later="a chat template of your own")
@@ -35,6 +37,19 @@ class Options(StageConfig):
     def row_length(self) -> int:
         return self.max_length
 
+    @property
+    def fills(self) -> bool:
+        # The least and the greatest reward that are logged are those of a microbatch, as in TRL.
+        return self.gradient_accumulation_steps == 1
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if self.share_prompts is True and not self.fills:
+            yield (
+                "share_prompts",
+                "pairs share rows only without accumulation: its logged extremes are a microbatch's",
+            )
+
     def encode(
         self,
         rows: Rows,
@@ -42,6 +57,7 @@ class Options(StageConfig):
         dataset: DatasetConfig,
         formatting_func: Callable[..., Any] | None,
         vocab: int,
+        vision: Vision | None = None,
     ) -> EncodedPairs:
         """Whole conversations in pairs, the token that is scored marked, with their margins.
 
@@ -50,12 +66,13 @@ class Options(StageConfig):
         from functools import partial
 
         from ntjax.data.pairs import PairEncoder, encode_pairs, encode_reward
+        from ntjax.data.rows import shown_rows
         from ntjax.hf.tokenizer import pad_id
 
         encode = partial(encode_reward, max_length=self.max_length, pad_id=pad_id(tokenizer))
         return encode_pairs(
-            rows,
-            PairEncoder(encode, tokenizer, dataset, formatting_func),
+            shown_rows(rows, dataset, vision),
+            PairEncoder(encode, tokenizer, dataset, formatting_func, vision),
             max_bad_rows=dataset.max_bad_rows,
             vocab_size=vocab,
             workers=dataset.preprocessing_num_workers,
@@ -67,19 +84,20 @@ class Options(StageConfig):
         import jax.numpy as jnp
 
         from ntjax.losses.documents import last_positions
+        from ntjax.losses.pairs import apart
         from ntjax.losses.reward import reward_metrics
-        from ntjax.ops.attention import Tokens
         from ntjax.weights import einsum
 
         def loss(params: Params, batch: Batch) -> Any:
-            tokens, segments, positions = (
-                batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "positions")
-            )
-            hidden = model.hidden(params, tokens, Tokens(positions, segments))
-            valid = batch["pairs"]
+            tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+            at = standing(batch)
+            hidden = model.hidden(params, tokens, at)
+            mask, segments, valid = batch["mask"], at.segments, batch["pairs"]
+            if "prefixes" in batch:
+                mask, segments = (x.reshape(-1, x.shape[-1]) for x in apart(mask, batch["segments"]))
             # Where a document's token 0 is the marked one, no mark is left of it, and 0 is what is found.
-            marked = jnp.where(batch["mask"].reshape(segments.shape), segments, 0)
-            ends = last_positions(marked, valid.shape[1])
+            marked = jnp.where(mask.reshape(segments.shape), segments, 0)
+            ends = last_positions(marked, valid.shape[1]).reshape(len(tokens), -1)
             last = jnp.take_along_axis(hidden, ends[..., None], axis=1).astype(jnp.float32)
             scores = einsum("RSD,LD->RSL", last, model.head(params)).reshape(len(valid), 2, -1)
             margin = batch["margin"].reshape(-1) if "margin" in batch else None

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ntjax.config.settings import setting
-from ntjax.stages.base import StageConfig
+from ntjax.stages.base import StageConfig, standing
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ntjax.config import DatasetConfig
     from ntjax.data.files import Rows
+    from ntjax.data.pictures import Vision
     from ntjax.data.prompts import Prompts
     from ntjax.metrics import Metrics
     from ntjax.models import Model
@@ -89,9 +90,11 @@ class RolloutConfig(StageConfig):
     repetition_penalty: float = setting(1.0, above=0)
     stop_strings: tuple[str, ...] = setting(())
     sampler_slots: int = setting(64, at_least=1, aliases=("local_rollout_forward_batch_size",))
+    generate_ahead: bool = setting(False)  # one window: by the policy as it was a window before
     generation_kwargs: dict[str, Any] = setting({})
     chat_template_kwargs: dict[str, Any] = setting({})
     eval_temperature: float | None = setting(None, at_least=0)  # 0: greedy; None: that of training
+    eval_threshold: float | None = setting(None)  # the reward from which a completion counts as right
     log_completions: bool = setting(False)
     num_completions_to_print: int | None = setting(None, at_least=1)
     log_unique_prompts: bool = setting(False)
@@ -109,6 +112,11 @@ class RolloutConfig(StageConfig):
     @property
     def row_length(self) -> int:
         return self.max_length + self.completion_length
+
+    @property
+    def regroups(self) -> bool:
+        """Whether it is all the same in which microbatch of its step a completion is."""
+        return False
 
     def geometry(self, devices: int) -> Geometry:
         """The shape of a window on so many devices."""
@@ -139,14 +147,16 @@ class RolloutConfig(StageConfig):
         dataset: DatasetConfig,
         formatting_func: Callable[..., Any] | None,
         vocab: int,
+        vision: Vision | None = None,
     ) -> Prompts:
         """The prompts of every row; those longer than `max_length` are dropped."""
         from ntjax.data.prompts import PromptEncoder, encode_prompts
+        from ntjax.data.rows import shown_rows
 
         template = self.chat_template_kwargs
         return encode_prompts(
-            rows,
-            PromptEncoder(tokenizer, dataset, self.max_length, formatting_func, template),
+            shown_rows(rows, dataset, vision),
+            PromptEncoder(tokenizer, dataset, self.max_length, formatting_func, template, vision),
             max_bad_rows=dataset.max_bad_rows,
             vocab_size=vocab,
             workers=dataset.preprocessing_num_workers,
@@ -201,17 +211,34 @@ class Scored(NamedTuple):
 def completion_scores(model: Model, params: Params, batch: Batch, temperature: float) -> Scored:
     """What a model says of the completions in a batch, as drawn at `temperature`.
 
-    The head sees completions alone: hidden states are picked before it.
+    The head sees completions alone: hidden states are picked before it. Where completions share rows with their prompt
+    (`data.grouped`), what it says of them is picked behind it.
     """
     import jax.numpy as jnp
 
-    from ntjax.ops.attention import Tokens
+    from ntjax.models.vision.pictures import Pictures
 
     tokens = batch["tokens"]
-    hidden = model.hidden(params, tokens, Tokens(batch["positions"], batch["segments"]))
+    hidden = model.hidden(params, tokens, standing(batch), Pictures.of(batch))
+    if "prefixes" in batch:
+        return _joined_scores(model, params, batch, hidden, temperature)
     at = batch["start"][:, None] + jnp.arange(batch["mask"].shape[1])
     at = jnp.minimum(at, tokens.shape[1] - 1)  # past the end is masked
     before = jnp.take_along_axis(hidden, at[..., None] - 1, axis=1)
     targets = jnp.take_along_axis(tokens, at, axis=1)
-    found = model.logprobs(params, (before / temperature).astype(before.dtype), targets)
+    drawn = (before / temperature).astype(before.dtype)
+    found = model.logprobs(params, drawn, targets, batch["mask"])
     return Scored(found.logp, found.entropy, before)
+
+
+def _joined_scores(model: Model, params: Params, batch: Batch, hidden: Any, temperature: float) -> Scored:
+    """`completion_scores` of rows [R, T], in which completion b begins at place `start[b]` of row `row[b]`."""
+    import jax.numpy as jnp
+
+    tokens, mask = batch["tokens"], batch["mask"]
+    drawn = (hidden / temperature).astype(hidden.dtype)
+    found = model.logprobs(params, drawn, jnp.roll(tokens, -1, axis=1), batch["wanted"])
+    at = (batch["row"] * tokens.shape[1] + batch["start"])[:, None] + jnp.arange(mask.shape[1]) - 1
+    at = jnp.minimum(at, tokens.size - 1)  # past the end is masked
+    logp, entropy = (jnp.where(mask, x.reshape(-1)[at], 0) for x in (found.logp, found.entropy))
+    return Scored(logp, entropy, hidden.reshape(-1, hidden.shape[-1])[at])

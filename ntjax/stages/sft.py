@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
     from ntjax.data.encoded import Encoded
     from ntjax.data.files import Rows
+    from ntjax.data.pictures import Vision
     from ntjax.models import Model
     from ntjax.step import Loss
 
@@ -36,7 +37,7 @@ class Options(StageConfig):
         later={"bfd_split": "packing that splits rows", "wrapped": "packing that splits rows"},
     )
     eval_packing: bool | None = setting(None, later="packing evaluation rows otherwise than training rows")
-    padding_free: bool = setting(False, later="batches without padding; packing does the same")
+    padding_free: bool = setting(True)
     completion_only_loss: bool | None = setting(None)
     assistant_only_loss: bool = setting(True)
     loss_type: str = setting(
@@ -58,6 +59,10 @@ class Options(StageConfig):
     def packs(self) -> bool:
         return self.packing
 
+    @property
+    def fills(self) -> bool:
+        return self.padding_free
+
     def encode(
         self,
         rows: Rows,
@@ -65,9 +70,11 @@ class Options(StageConfig):
         dataset: DatasetConfig,
         formatting_func: Callable[..., Any] | None,
         vocab: int,
+        vision: Vision | None = None,
     ) -> Encoded:
         """Tokens of every row, learned where an assistant speaks."""
         from ntjax.data.encode import SftEncoder, encode_sft_rows
+        from ntjax.data.rows import shown_rows
 
         encoder = SftEncoder(
             tokenizer,
@@ -76,9 +83,10 @@ class Options(StageConfig):
             whole_pairs=dataset.train_on_prompt or self.completion_only_loss is False,
             whole_messages=dataset.train_on_prompt or not self.assistant_only_loss,
             formatting_func=formatting_func,
+            vision=vision,
         )
         return encode_sft_rows(
-            rows,
+            shown_rows(rows, dataset, vision),
             encoder,
             max_bad_rows=dataset.max_bad_rows,
             vocab_size=vocab,

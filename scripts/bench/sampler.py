@@ -1,37 +1,27 @@
-"""Tokens a second of the sampler beside transformers' `generate` on the same prompts, and what refilling slots gains.
+"""Drawing completions on a CPU, beside transformers' `generate` on the same prompts: the table `sampler` of
+docs/benchmarks.md.
 
-    python scripts/bench/sampler.py models/smollm2-135m-instruct
+    python scripts/bench/sampler.py [--rounds N] [--only ROW ...] [--toy]
 
-Both draw at temperature 1 in fp32 and keep log-probs; ratios are of runs next to one another, the median of the rounds.
-Lengths are mixed: a row ends where a token that is drawn about every 40 tokens comes up.
+SmolLM2-135M, fp32, temperature 1, log-probs kept by ntjax alone; a step is all completions of a row, its tokens are
+those drawn up to the one that ends a completion. Mixed lengths: a completion ends at a token that is drawn about every
+40 tokens, or more often with three of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # torch's idle threads would slow down what runs beside them
+from cpu import model_of
+from harness import Row, main, measured
 
-import jax
-import torch
-from transformers import AutoModelForCausalLM
-
-from ntjax.data.prompts import Prompt
-from ntjax.hf.files import read_config
-from ntjax.hf.folder import load_params
-from ntjax.hf.tokenizer import load_tokenizer
-from ntjax.models import build
-from ntjax.sampler import Sampler, Sampling
-
+ROOT = Path(__file__).parents[2]
 QUESTIONS = [
     "What is the capital of France?",
     "Write a sentence about the sea.",
@@ -42,76 +32,126 @@ QUESTIONS = [
     "Give me a recipe for pancakes.",
     "Translate 'good morning' into Spanish.",
 ]
-NEW, LONG = 64, 128
-COMMON = (30, 28, 198)  # ".", ",", "\n" of SmolLM2: rows that stop at them have lengths from 1 to NEW
-END = (30,)
+COMMON, RARE = (".", ",", "\n"), (".",)  # texts of a token of SmolLM2 that end a completion
 
 
-def main() -> None:
-    """Prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    tokenizer: Any = load_tokenizer(args.model)
+class Draws(NamedTuple):
+    """`rows` completions of at most `new` tokens, a `group` of each prompt, which end at the tokens `ends`; `slots` are
+    drawn at a time."""
+
+    rows: int
+    new: int
+    slots: int
+    ends: tuple[str, ...] = ()
+    group: int = 1
+
+
+def small(draws: Draws) -> Draws:
+    """The same for a check."""
+    return draws._replace(rows=draws.rows // 4, slots=draws.slots // 4, new=draws.new // 8, group=1)
+
+
+def prompts(folder: Path, draws: Draws) -> tuple[list[list[int]], list[int]]:
+    """The ids of each prompt, and of the tokens that end a completion."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    prompts = [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns]
-    model = build(read_config(args.model))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = load_params(args.model, model.specs, dtype="float32", sharding=lambda path: place)
-    theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-
-    def ours(rows: int, stops: tuple[int, ...], slots: int, group: int = 1) -> Callable[[], int]:
-        sampler = Sampler(model, Sampling(LONG if stops == END else NEW, stop_ids=stops), slots=slots)
-        asked = [Prompt(prompts[i % 8]) for i in range(rows // group)]
-        return lambda: sum(len(c.tokens) for c in sampler(params, asked, group=group))
-
-    def transformers(rows: int, stops: tuple[int, ...]) -> Callable[[], int]:
-        chosen = [prompts[i % 8] for i in range(rows)]
-        longest = max(map(len, chosen))
-        ids = torch.tensor([[2] * (longest - len(p)) + p for p in chosen])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in chosen])
-        options: dict[str, Any] = {"eos_token_id": list(stops) or [49151], "pad_token_id": 2}
-        options |= {"do_sample": True, "top_k": 0, "temperature": 1.0, "max_new_tokens": NEW}
-
-        def run() -> int:
-            with torch.no_grad():
-                out = theirs.generate(ids, attention_mask=mask, **options)[:, longest:]
-            ended = torch.isin(out, torch.tensor(options["eos_token_id"])).int()
-            return int((ended.cumsum(1) - ended == 0).sum())
-
-        return run
-
-    print(f"{'':44}{'ntjax':>8}{'other':>8}{'ratio':>8}   tokens/s")
-    for rows in (8, 16):
-        for name, stops in (("64 tokens each", ()), ("mixed lengths", COMMON)):
-            label = f"batch {rows}, {name}, transformers"
-            compare(label, ours(rows, stops, rows), transformers(rows, stops), args.rounds)
-    label = "4 prompts x 8, 64 tokens each, transformers"
-    compare(label, ours(32, (), 32, group=8), transformers(32, ()), args.rounds)
-    compare("64 rows, 1 to 128 tokens, 8 slots, no refill", ours(64, END, 8), batches(ours, 8), args.rounds)
+    ids = [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns]
+    ends = [tokenizer.encode(text, add_special_tokens=False)[0] for text in draws.ends]
+    return [ids[n % len(ids)] for n in range(draws.rows // draws.group)], ends
 
 
-def batches(ours: Callable[..., Callable[[], int]], slots: int) -> Callable[[], int]:
-    """The same 64 rows in batches that wait for their longest."""
-    one = ours(slots, END, slots)
-    return lambda: sum(one() for _ in range(64 // slots))
-
-
-def compare(label: str, one: Callable[[], int], other: Callable[[], int], rounds: int) -> None:
-    """A line: medians of tokens a second, and of the ratio of neighbours."""
-    one(), other()  # compiles, warms up
-    speeds = [(speed(one), speed(other)) for _ in range(rounds)]
-    mine, theirs = (statistics.median(column) for column in zip(*speeds, strict=True))
-    ratio = statistics.median(a / b for a, b in speeds)
-    print(f"{label:44}{mine:8.0f}{theirs:8.0f}{ratio:8.2f}", flush=True)
-
-
-def speed(run: Callable[[], int]) -> float:
-    """Tokens a second of one run."""
+def runs(draws: Draws, draw: Callable[[], list[int]], warm: Callable[[], Any]) -> dict[str, Any]:
+    """Measures `draw`, which returns the tokens of each completion, after `warm`."""
     began = time.perf_counter()
-    return run() / (time.perf_counter() - began)
+    warm()
+    first, seconds, cpu, tokens = time.perf_counter() - began, [], [], []
+    for _ in range(1 if draws.rows > draws.slots else 2):
+        wall, used = time.perf_counter(), time.process_time()
+        tokens.append(sum(draw()))
+        seconds.append(time.perf_counter() - wall)
+        cpu.append(time.process_time() - used)
+    return measured(seconds, cpu, tokens=tokens, first_s=first)
 
+
+def ntjax(draws: Draws, args: argparse.Namespace, *, refill: bool = True) -> dict[str, Any]:
+    """ntjax's sampler; without `refill` in batches that wait for their longest completion."""
+
+    from ntjax.data.prompts import Prompt
+    from ntjax.hf.files import read_config
+    from ntjax.hf.folder import load_params
+    from ntjax.models import build
+    from ntjax.sampler import Sampler, Sampling
+
+    draws, folder = small(draws) if args.toy else draws, model_of(args)
+    ids, ends = prompts(folder, draws)
+    asked, model = [Prompt(one) for one in ids], build(read_config(folder))
+    params = load_params(folder, model.specs, dtype="float32")
+    sampler = Sampler(model, Sampling(draws.new, stop_ids=tuple(ends)), slots=draws.slots)
+    many = len(asked) if refill else draws.slots
+    parts = [asked[at : at + many] for at in range(0, len(asked), many)]
+
+    def draw() -> list[int]:
+        return [len(c.tokens) for part in parts for c in sampler(params, part, group=draws.group)]
+
+    return runs(draws, draw, warm=draw)
+
+
+def transformers(draws: Draws, args: argparse.Namespace) -> dict[str, Any]:
+    """`generate` in batches of as many rows as ntjax has slots, prompts padded on the left."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    draws, folder = small(draws) if args.toy else draws, model_of(args)
+    ids, ends = prompts(folder, draws)
+    chosen = [one for one in ids for _ in range(draws.group)]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    never = model.config.vocab_size - 1  # without an end `generate` takes the model's own
+    options: dict[str, Any] = {"eos_token_id": ends or [never], "pad_token_id": 0}
+    options |= {"do_sample": True, "top_k": 0, "temperature": 1.0}
+
+    def batch(rows: list[list[int]], new: int = draws.new) -> list[int]:
+        longest = max(map(len, rows))
+        tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        with torch.no_grad():
+            drawn = model.generate(tokens, attention_mask=mask, max_new_tokens=new, **options)[:, longest:]
+        ended = torch.isin(drawn, torch.tensor(options["eos_token_id"])).int()
+        return (ended.cumsum(1) - ended == 0).sum(1).tolist()
+
+    parts = [chosen[at : at + draws.slots] for at in range(0, len(chosen), draws.slots)]
+    return runs(draws, lambda: [n for part in parts for n in batch(part)], warm=lambda: batch(parts[0], 2))
+
+
+def beside(name: str, what: str, draws: Draws, asked: str = "") -> Row:
+    """ntjax and transformers."""
+    return Row(
+        name, what, {"ntjax": partial(ntjax, draws), "transformers": partial(transformers, draws)}, asked
+    )
+
+
+MANY = Draws(64, 128, 8, RARE)
+ROWS = [
+    beside("8", "batch 8, 64 tokens each", Draws(8, 64, 8)),
+    beside("8-mixed", "batch 8, 1 to 64 tokens", Draws(8, 64, 8, COMMON)),
+    beside("16", "batch 16, 64 tokens each", Draws(16, 64, 16)),
+    beside("16-mixed", "batch 16, 1 to 64 tokens", Draws(16, 64, 16, COMMON)),
+    beside("group", "4 prompts x 8, 64 tokens each", Draws(32, 64, 32, group=8)),
+    beside("64", "64 prompts, 1 to 128 tokens, 16 at a time", MANY._replace(slots=16), "3"),
+    Row(
+        "refill",
+        "64 prompts, 1 to 128 tokens, 8 at a time",
+        {"ntjax": partial(ntjax, MANY), "ntjax, no slot refilled": partial(ntjax, MANY, refill=False)},
+    ),
+]
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "smollm2-135m-instruct")
+    kept = Path(tempfile.gettempdir()) / "ntjax-bench-compiled"  # a round compiles, the others find it there
+    environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "JAX_COMPILATION_CACHE_DIR": str(kept)}
+    environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    main("sampler", ROWS, parser, ("jax", "torch", "transformers"), **environment)

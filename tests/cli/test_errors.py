@@ -42,6 +42,7 @@ WRONG: dict[str, tuple[Sequence[str], int, Sequence[str]]] = {
     "deepspeed": (["--deepspeed", "ds.json"], 66, ['"ds.json": there is no such file']),
     "no such stage": (["--stages", "dpo"], 78, ["--stages", "'dpo'", "sft_stage"]),
     "no wandb": (["use_wandb=true"], 78, ["use_wandb", 'pip install "ntjax[wandb]"']),
+    "no trackio": (["use_trackio=true"], 78, ["use_trackio", 'pip install "ntjax[trackio]"']),
     "no evaluation rows": (["stages.0.do_eval=true"], 78, ["do_eval", "[datasets.sft]"]),
     "unwritable": (["--output-dir", "pairs.jsonl/x"], 78, ["base_output_dir", "Not a directory"]),
     "used folder": (["stages.0.output_dir=out/whole/latest/sft_stage"], 78, ["another run", "--resume"]),

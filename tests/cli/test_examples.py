@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.cli.process import metrics
 from tests.tiny import tiny_model
@@ -55,3 +57,33 @@ def test_the_whole_chain_runs_on_a_tiny_model(tmp_path: Path) -> None:
     assert {"rewards/last_number/mean", "rewards/length/mean"} <= metrics(run / "grpo_stage")[0].keys()
     _, report = AutoModelForCausalLM.from_pretrained(run / "grpo_stage", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.slow
+def test_the_recipe_of_llava_runs_on_a_tiny_model_that_was_given_a_tower(tmp_path: Path) -> None:
+    tower = ROOT / "configs" / "data" / "shapes" / "tower.json"
+    main = importlib.import_module("ntjax.import").main
+    main(
+        [
+            "--model",
+            str(tiny_model(tmp_path / "tiny")),
+            "--vision",
+            str(tower),
+            "--out",
+            str(tmp_path / "sees"),
+        ]
+    )
+    changed = [f"model.model_name_or_path={tmp_path / 'sees'}", "stages.0.learning_rate=1e-2"]
+    run = train("vlm_training_example.toml", tmp_path, changed) / "llava_recipe" / "latest"
+    before = load_file(tmp_path / "sees" / "model.safetensors")
+    moved = {}
+    for stage in ("align_stage", "sft_stage", "dpo_stage"):
+        after = load_file(run / stage / "model.safetensors")
+        pairs = ((name, before[name].astype("bfloat16"), after[name]) for name in before)
+        moved[stage] = {name.split(".")[0] for name, one, other in pairs if (one != other).any()}
+        before = after
+        _, report = AutoModelForImageTextToText.from_pretrained(run / stage, output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert moved["align_stage"] == {"multi_modal_projector"}
+    assert moved["sft_stage"] == {"multi_modal_projector", "language_model"}
+    assert metrics(run / "dpo_stage")[0]["loss"] == pytest.approx(0.6931, abs=1e-3)

@@ -23,9 +23,12 @@ MODEL_FILES = {
 }
 
 
+RUN_FILES = {"config.toml", "train.log", "environment.json", "report.html"}
+
+
 def test_a_run_folder(whole: Path, place: Path) -> None:
     assert (place / "out" / "whole" / "latest").readlink() == Path(whole.name)
-    assert {path.name for path in whole.iterdir()} == {"config.toml", "train.log", "sft_stage"}
+    assert {path.name for path in whole.iterdir()} == RUN_FILES | {"sft_stage"}
     files = {path.name for path in (whole / "sft_stage").iterdir() if path.is_file()}
     assert files == MODEL_FILES | {"metrics.jsonl", "stage.json"}
     assert checkpoints(whole / "sft_stage") == [4, 8, 12, 16, 20, 24]
@@ -94,11 +97,11 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_result(
 ) -> None:
     stage, _ = best
     assert checkpoints(stage) == [4, 24]
-    exported = ntjax("export", "--checkpoint", stage / "checkpoint-4", "--out", "exported")
+    exported = ntjax("export", "--checkpoint", stage / "checkpoint-4", "--out", "best_exported")
     assert exported.code == 0, exported.err
     result, expected = (
         load_file(stage / "model.safetensors"),
-        load_file(place / "exported" / "model.safetensors"),
+        load_file(place / "best_exported" / "model.safetensors"),
     )
     assert result.keys() == expected.keys()
     assert all(np.array_equal(result[name], expected[name]) for name in result)
@@ -151,7 +154,7 @@ def test_a_stage_alone_from_a_folder_into_a_folder(
     )
     assert alone.code == 0, alone.err
     made = place / "elsewhere" / "chain" / "latest"
-    assert {path.name for path in made.iterdir()} == {"config.toml", "train.log"}
+    assert {path.name for path in made.iterdir()} == RUN_FILES
     assert metrics(place / "b_alone") == metrics(run / "b_stage")
     result = (place / "b_alone" / "model.safetensors").read_bytes()
     assert result == (run / "b_stage" / "model.safetensors").read_bytes()

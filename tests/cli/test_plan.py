@@ -147,6 +147,16 @@ def test_a_7b_model_is_planned_for_tpus_that_are_not_here() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu isn't installed")
+def test_llava_in_4_bits_fits_a_small_chip() -> None:
+    """Microbatches in a loop, for which XLA must not form the dequantised weights of all layers: 13 GB."""
+    code, (train,), _ = plan("configs/plan/llava15_7b_qlora.toml", "--topology", "v5e:1x1")
+    assert code == 0
+    assert train["fits"]
+    assert train["memory"]["gradients, temporaries"] < 5e9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu isn't installed")
 def test_what_does_not_fit_ends_with_a_code_and_a_way_out() -> None:
     big = ["stages.sft.per_device_train_batch_size=16", "model.gradient_checkpointing=false"]
     code, (train,), said = plan("configs/plan/llama2_7b_sft.toml", "--topology", "v5e:4x4", *big)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ntjax import lookup
 from tests.cli.process import Result, Running, checkpoints, metrics, write_rows
 
 REWARDS = '''
@@ -26,6 +27,10 @@ def columns(prompts, completions, completion_ids, answer, trainer_state, log_ext
     assert sorted(kwargs) == ["number"], kwargs
     texts = [turns[0]["content"] for turns in completions]
     return [None if n % 5 == 0 else float(a in text) for n, a, text in zip(kwargs["number"], answer, texts)]
+
+def drawn_at(prompts, completions, trainer_state, log_extra, **kwargs):
+    log_extra("drawn_at", [trainer_state.global_step] * len(prompts))
+    return [float(len(turns[0]["content"])) for turns in completions]
 
 def raises(prompts, responses):
     if any(responses) and "step" in open("moment").read():
@@ -56,6 +61,14 @@ PPO = {
     "adap_kl_ctrl": True,
 }
 KINDS = {"grpo": GRPO, "ppo": PPO}
+# Four windows of two steps, each but the first drawn before the one before it is trained on.
+AHEAD = {
+    **GRPO,
+    "learning_rate": 0.02,
+    "steps_per_generation": 1,
+    "generate_ahead": True,
+    "reward_function": "rewards.py:drawn_at",
+}
 
 
 @pytest.fixture(scope="session")
@@ -169,6 +182,41 @@ def test_killed_within_a_window_it_goes_on_to_the_very_same_end(
     assert without_speed(stage) == without_speed(run)
 
 
+def test_ahead_of_training_windows_are_drawn_by_the_policy_of_the_window_before(
+    begin: Callable[..., Running],
+    ntjax: Callable[..., Result],
+    asked: Callable[..., Path],
+    latest: Callable[[str], Path],
+) -> None:
+    assert ntjax("train", "--config", asked("ahead", AHEAD)).code == 0
+    run = latest("ahead") / "grpo_stage"
+    told = {line["step"]: line["extra"]["drawn_at"] for line in completions(run)}
+    assert told == {1: 0, 3: 0, 5: 2, 7: 4}
+    ratios = [record["clip_ratio/region_mean"] for record in metrics(run)]
+    assert max(ratios[2:]) > 0, "old log-probs are those of the policy that drew"
+
+    command = "train", "--config", asked("ahead_killed", AHEAD)
+    first = begin(*command)
+    first.until(lambda: (latest("ahead_killed") / "grpo_stage" / "checkpoint-3").exists())
+    assert first.send(signal.SIGKILL).code == -9
+    assert ntjax(*command, "--resume", "auto").code == 0
+    resumed = latest("ahead_killed") / "grpo_stage"
+    for name in ("model.safetensors", "completions.jsonl"):
+        assert (resumed / name).read_bytes() == (run / name).read_bytes()
+    assert without_speed(resumed) == without_speed(run)
+
+
+def test_ahead_of_a_policy_that_stands_still_nothing_is_different(
+    ntjax: Callable[..., Result], asked: Callable[..., Path], latest: Callable[[str], Path]
+) -> None:
+    still = {**GRPO, "learning_rate": 0.0, "steps_per_generation": 1, "max_steps": 6}
+    for task, ahead in (("still", False), ("still_ahead", True)):
+        assert ntjax("train", "--config", asked(task, {**still, "generate_ahead": ahead})).code == 0
+    one, other = latest("still") / "grpo_stage", latest("still_ahead") / "grpo_stage"
+    assert completions(one) == completions(other)
+    assert without_speed(one) == without_speed(other)
+
+
 def test_a_reward_written_for_trl_sees_columns_and_may_abstain(
     ntjax: Callable[..., Result], asked: Callable[..., Path], latest: Callable[[str], Path]
 ) -> None:
@@ -187,12 +235,23 @@ def test_a_batch_that_isn_t_whole_groups_is_rounded_up_and_says_so(
     ntjax: Callable[..., Result], asked: Callable[..., Path], latest: Callable[[str], Path]
 ) -> None:
     stage = {"stage_type": "grpo", "max_completion_length": 4, "max_steps": 1, "do_eval": True}
+    stage |= {"eval_threshold": 0.3, "metric_for_best_model": "rewards/letters/pass@8"}
     ended = ntjax("train", "--config", asked("rounded", stage))
     assert ended.code == 0, ended.err
     assert "8 completions a microbatch instead of 4" in ended.out
     folder = latest("rounded") / "grpo_stage"
     assert len(completions(folder)) == 8
-    assert 0 <= metrics(folder)[-1]["eval_reward"] <= 1
+    told = metrics(folder)[-1]
+    assert 0 <= told["eval_reward"] <= 1
+    assert 0 < told["eval_rewards/letters/accuracy"] < 1
+    assert told["eval_rewards/letters/pass@1"] == pytest.approx(told["eval_rewards/letters/accuracy"])
+    assert told["eval_rewards/letters/pass@1"] < told["eval_rewards/letters/pass@8"] <= 1
+
+
+def test_a_further_token_may_end_ppo_s_completions() -> None:
+    options = lookup.stage_options("ppo")
+    stage = options(stage_type="ppo", reward_function=("rewards.py:letters",), stop_token_id=7)
+    assert stage.sampling((2,)).stop_ids == (2, 7)
 
 
 def test_groups_without_variance_are_replaced(

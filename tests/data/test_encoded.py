@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ntjax.data.batch import Example
-from ntjax.data.encode import SftEncoder, check_stop_token, encode_sft_rows
+from ntjax.data.encode import SftEncoder, check_stop_token, encode_sft_rows, learned_stops
 from ntjax.data.encoded import encode_rows
 from ntjax.data.files import Table
 from ntjax.data.rows import open_rows
@@ -148,25 +148,29 @@ def test_workers_need_what_can_be_sent():
 
 
 @pytest.mark.parametrize(
-    ("eos", "template", "says"),
+    ("eos", "template", "stops", "says"),
     [
-        ("<|im_end|>", None, None),
+        ("<|im_end|>", None, ["<|im_end|>"], None),
         (
             "<|endoftext|>",
             None,
+            ["<|im_end|>"],
             "turns end with '<|im_end|>', but the tokenizer's eos_token is '<|endoftext|>'",
         ),
         (
             "<|im_end|>",
             "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}",
+            [],
             "no stop token",
         ),
     ],
 )
-def test_the_stop_token_is_checked(eos, template, says):
+def test_the_stop_token_is_checked(eos, template, stops, says):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = eos
     tokenizer.chat_template = template or tokenizer.chat_template
     data = Table("d", [{"instruction": "add", "output": "5"}])
-    warning = check_stop_token(encode_sft_rows(data, encoder(tokenizer=tokenizer)), tokenizer)
+    encoded = encode_sft_rows(data, encoder(tokenizer=tokenizer))
+    assert tokenizer.convert_ids_to_tokens(learned_stops(encoded, tokenizer)) == stops
+    warning = check_stop_token(encoded, tokenizer)
     assert warning is None if says is None else says in warning

@@ -171,3 +171,46 @@ def test_threads_do_not_change_the_stream(threads):
     assert all(
         same(a, b) for a, b in zip(batches(one, Numbered(LENGTHS), 0, threads=threads), expected, strict=True)
     )
+
+
+FILLED = [(4, 1, 1), (4, 4, 1), (8, 4, 8), (16, 1, 4), (3, 2, 1), (1, 8, 1)]  # rows, accumulation, groups
+
+
+@pytest.mark.parametrize(("rows", "accumulation", "groups"), FILLED)
+def test_filled_steps_have_the_same_examples_in_fewer_rows(rows, accumulation, groups):
+    lengths = np.clip(np.random.default_rng(3).lognormal(4.5, 0.8, 400), 2, 500).astype(int)
+    options = dict(lengths=lengths, max_length=512, rows_per_microbatch=rows, accumulation=accumulation)
+    apart, filled = plan(**options), plan(**options, fills=True, groups=groups)
+    assert filled.steps == apart.steps
+    areas, shapes = np.zeros(2), set()
+    for step in range(apart.steps):
+        given, laid = apart.laid(step), filled.laid(step)
+        assert sorted(itertools.chain(*itertools.chain(*laid.slots))) == sorted(rows_of(apart, step))
+        assert all(sum(lengths[row] for row in slot) <= laid.length for micro in laid.slots for slot in micro)
+        assert max(len(slot) for micro in laid.slots for slot in micro) <= laid.documents
+        count = len(laid.slots[0])
+        assert all(len(micro) == count for micro in laid.slots)
+        assert count % groups == 0
+        assert len(laid.slots) <= accumulation
+        assert count * laid.length <= rows * given.length  # a microbatch needs no more memory
+        areas += given.area, laid.area
+        shapes.add((len(laid.slots), count, laid.length))
+    assert areas[1] < 0.9 * areas[0] or rows * accumulation == groups
+    assert len(shapes) <= 20
+
+
+def test_a_step_is_laid_in_the_same_way_every_time():
+    one, other = (plan(fills=True, epochs=3.0) for _ in range(2))
+    assert [one.laid(step) for step in range(one.steps)] == [other.laid(step) for step in range(one.steps)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_filled_batches(count):
+    one, rows = plan(fills=True, groups=4), Numbered(LENGTHS)
+    whole = list(batches(one, rows, pad_id=0))
+    parts = [
+        list(batches(one, rows, pad_id=0, process_index=index, process_count=count)) for index in range(count)
+    ]
+    assert len(whole) == one.steps
+    for step, *shares in zip(whole, *parts, strict=True):
+        assert same(step, {name: np.concatenate([share[name] for share in shares], axis=1) for name in step})

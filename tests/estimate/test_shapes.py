@@ -46,8 +46,9 @@ ROLLOUT = {"reward_function": "letters.py:letters", "max_length": 64, "max_steps
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"packing": True, "max_length": 64, "gradient_accumulation_steps": 2},
     "pretrain": {"max_length": 64},
-    "reward": {"max_length": 64},
-    "dpo": {"max_length": 64},
+    # A plan has rows that are as long as they may be; what shares a prompt takes less room than that.
+    "reward": {"max_length": 64, "share_prompts": False},
+    "dpo": {"max_length": 64, "share_prompts": False},
     "ppo": {**ROLLOUT, "response_length": 8},
     "grpo": {**ROLLOUT, "num_generations": 2, "max_completion_length": 8, "beta": 0.1, "num_iterations": 2},
 }

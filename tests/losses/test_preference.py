@@ -137,11 +137,11 @@ class Sums:
             "head": jnp.asarray(rng.standard_normal((references.VOCAB, 4)), jnp.float32),
         }
 
-    def hidden(self, params: Any, ids: jax.Array, tokens: Any) -> jax.Array:
+    def hidden(self, params: Any, ids: jax.Array, tokens: Any, pictures: None = None) -> jax.Array:
         return params["embed"][ids] * jnp.cos(tokens.positions)[..., None]
 
-    def logprobs(self, params: Any, hidden: jax.Array, targets: jax.Array) -> Any:
-        return token_logprobs(hidden, self.head(params), targets)
+    def logprobs(self, params: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> Any:
+        return token_logprobs(hidden, self.head(params), targets, wanted)
 
     def head(self, params: Any) -> jax.Array:
         return params["head"]

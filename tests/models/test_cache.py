@@ -82,7 +82,7 @@ def decoded(
     _, kept = jax.jit(model.prefill)(params, jnp.asarray(ids[::group, :longest]), places)
     cache = model.cache(prompts, longest, rows, columns)
     layers = tuple(Kept(new, old.own) for new, old in zip(kept, cache.layers, strict=True))
-    cache = Cache(layers, places, cache.own, jnp.int32(columns - 1))  # begins in the last column
+    cache = Cache(layers, places, cache.own, jnp.int32(columns - 1), cache.shift)  # begins in the last column
     apart = model.layers(params)
     step: Any = jax.jit(model.decode)
     hidden = []

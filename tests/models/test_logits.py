@@ -142,7 +142,7 @@ def test_gradients_are_transformers(variant: dict[str, Any]) -> None:
 def test_remat_computes_the_same_gradients_in_less_memory() -> None:
     deep = {**TINY, "num_hidden_layers": 8}
     _, kept, params = pair(deep)
-    policies = "full", "minimal", "dots", "offload", ("attention_out", "mlp_out")
+    policies = "everything", "full", "minimal", "dots", "offload", ("attention_out", "mlp_out")
     ids, mask = jnp.asarray(random_ids(1, 32)), np.ones((1, 32), np.int32)
 
     def compiled(model: Any) -> Any:
@@ -155,12 +155,13 @@ def test_remat_computes_the_same_gradients_in_less_memory() -> None:
         for a, b in zip(*(jax.tree.leaves(p(params)) for p in (plain, program)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
         memory[policy] = program.memory_analysis().temp_size_in_bytes
-    assert memory["full"] < memory["none"] / 2
-    assert memory["full"] < memory["attention_out", "mlp_out"] < memory["minimal"] < memory["none"]
+    assert memory["full"] < memory["everything"] / 2
+    assert memory["full"] < memory["attention_out", "mlp_out"] < memory["minimal"]
+    assert memory["minimal"] <= memory["none"] < 0.8 * memory["everything"]
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:
-    assert families() == ["llama", "mistral", "qwen2"]
+    assert families() == ["llama", "llava", "llava_next", "mistral", "qwen2", "qwen2_5_vl"]
     with pytest.raises(ConfigError, match="'gpt2' isn't there yet"):
         build({"model_type": "gpt2"})
 

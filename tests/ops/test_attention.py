@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ntjax.errors import ConfigError
-from ntjax.ops import attention as module
-from ntjax.ops.attention import Tokens, attention, blocked, chosen, visible
+from ntjax.ops import blocked as module
+from ntjax.ops.attention import KERNELS, Tokens, attention, chosen, visible
+from ntjax.ops.blocked import blocked
 
 PACKED = Tokens(jnp.asarray([[0, 1, 2, 0, 1, 0]]), jnp.asarray([[1, 1, 1, 2, 2, 0]]))
 
@@ -44,6 +45,34 @@ def test_slots_of_a_cache_that_are_not_written_are_not_seen() -> None:
     assert visible(query, keys, None)[0].astype(int).tolist() == [[0, 1, 1, 1, 0, 0]]
 
 
+def test_a_token_sees_the_segment_it_goes_on_from() -> None:
+    # Two tokens, and two documents that go on from them; then a document by itself, and padding.
+    row = [[0, 1, 2, 3, 2, 0, 0]], [[1, 1, 2, 2, 3, 5, 0]], [[1, 1, 1, 1, 1, 5, 0]]
+    place = Tokens(*map(jnp.asarray, row))
+    assert visible(place, place, None)[0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]
+    assert visible(place, place, 2)[0, 3:5].astype(int).tolist() == [
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 1, 0, 0, 1, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_kernels_that_know_no_prefixes_leave_them_to_others(kernel: str) -> None:
+    at = jnp.arange(256)[None]
+    place = Tokens(at, jnp.ones((1, 256), int), jnp.ones((1, 256), int))
+    q, k, v = (jnp.ones((1, 256, 1, 128), jnp.bfloat16),) * 3
+    with pytest.raises(NotImplementedError, match="a token sees its own"):
+        KERNELS[kernel](q, k, v, place, place, None)
+
+
 def tokens(count: int, rng: np.random.Generator) -> Tokens:
     """Two rows of `count`: documents of random lengths from some point of their own on, then padding."""
     positions, segments = np.zeros((2, 2, count), np.int32)
@@ -75,11 +104,14 @@ def in_torch(qkv: list[jax.Array], seen: jax.Array) -> tuple[list[torch.Tensor],
 
 @pytest.mark.parametrize("kernel", ["xla", "blocked"])
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("prefixed", [False, True])
 def test_attention_and_its_gradient_are_torchs(
-    kernel: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+    kernel: str, window: int | None, prefixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK", 4)
     place = tokens(11, np.random.default_rng(1))
+    if prefixed:
+        place = place._replace(prefixes=jnp.minimum(place.segments, 1))
     qkv, seen = arrays(11, 11), visible(place, place, window)
     leaves, reference = in_torch(qkv, seen)
     y, backward = jax.vjp(jax.jit(lambda q, k, v: attention(q, k, v, place, place, window, kernel)), *qkv)
@@ -182,16 +214,11 @@ def test_memory_of_blocks_grows_with_time_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "auto", "flash"),
-    [
-        ("cpu", "xla", "blocked"),
-        ("tpu", "splash", "splash"),
-        ("gpu", "cudnn", "cudnn"),
-        ("cuda", "cudnn", "cudnn"),
-    ],
+    ("platform", "auto"),
+    [("cpu", "blocked"), ("tpu", "splash"), ("gpu", "cudnn"), ("cuda", "cudnn")],
 )
-def test_a_platform_has_a_kernel_of_its_own(platform: str, auto: str, flash: str) -> None:
-    assert (chosen("auto", platform), chosen("flash", platform)) == (auto, flash)
+def test_a_platform_has_a_kernel_of_its_own(platform: str, auto: str) -> None:
+    assert chosen("auto", platform) == auto
     assert [chosen(name, platform) for name in ("xla", "blocked", auto)] == ["xla", "blocked", auto]
 
 

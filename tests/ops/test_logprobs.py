@@ -1,9 +1,11 @@
-"""Log-probabilities, entropy and accuracy in chunks, against torch; and what is never held."""
+"""Log-probabilities, entropy and accuracy in chunks, against torch; what is never held, and never computed."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +14,25 @@ import pytest
 import torch
 
 from ntjax.ops import logprobs
-from ntjax.ops.logprobs import token_logprobs
+from ntjax.ops.logprobs import likelihood, token_logprobs
 
 BATCH, TIME, EMBED, VOCAB = 2, 7, 5, 11
-ONE_TOKEN = 4 * BATCH * VOCAB  # bytes of the logits of one time step
-CHUNKINGS = {"one chunk": 10**9, "by 3 with a rest": 3 * ONE_TOKEN, "by 1": ONE_TOKEN, "less than 1": 1}
+# (tokens of a chunk at least, pieces): how 14 tokens are cut up
+CUTS = {"one chunk": (128, 1), "by 5 with a rest": (1, 3), "by 2": (1, 7), "by 1": (1, 14)}
+WANTED = {"all": 1.0, "a third": 0.3, "none": 0.0}
 
 
-@pytest.fixture(params=CHUNKINGS)
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", CHUNKINGS[request.param])
+@pytest.fixture(params=CUTS)
+def cuts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    least, pieces = CUTS[request.param]
+    monkeypatch.setattr(logprobs, "LEAST", least)
+    monkeypatch.setattr(logprobs, "PIECES", pieces)
+
+
+@pytest.fixture(params=WANTED)
+def wanted(request: pytest.FixtureRequest) -> np.ndarray:
+    """[B, T]."""
+    return np.random.default_rng(2).random((BATCH, TIME)) < WANTED[request.param]
 
 
 def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -34,19 +45,22 @@ def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return hidden, head, targets
 
 
-@pytest.mark.usefixtures("chunks")
-def test_scores_are_torchs() -> None:
+@pytest.mark.usefixtures("cuts")
+def test_scores_are_torchs(wanted: np.ndarray) -> None:
     hidden, head, targets = arrays()
     logits = torch.tensor(hidden) @ torch.tensor(head).T
     index = torch.tensor(targets).long()
-    ours = token_logprobs(*map(jnp.asarray, (hidden, head, targets)))
+    ours = token_logprobs(*map(jnp.asarray, (hidden, head, targets, wanted)))
     reference = torch.log_softmax(logits, -1).gather(-1, index[..., None])[..., 0]
-    np.testing.assert_allclose(ours.logp, reference.numpy(), atol=1e-6)
-    np.testing.assert_allclose(
-        ours.entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-6
-    )
-    np.testing.assert_array_equal(ours.correct, (logits.argmax(-1) == index).numpy())
-    assert 0 < int(ours.correct.sum()) < ours.correct.size
+    np.testing.assert_allclose(ours.logp, reference.numpy() * wanted, atol=1e-6)
+    entropy = torch.distributions.Categorical(logits=logits).entropy().numpy()
+    np.testing.assert_allclose(ours.entropy, entropy * wanted, atol=1e-6)
+    correct = (logits.argmax(-1) == index).numpy() & wanted
+    np.testing.assert_array_equal(ours.correct, correct)
+    assert correct.sum() < correct.size
+    sums = likelihood(*map(jnp.asarray, (hidden, head, targets, wanted)))
+    expected = (reference.numpy() * wanted).sum(), (entropy * wanted).sum(), correct.sum()
+    np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_entropy_of_equal_logits_is_that_of_the_uniform_whatever_their_size() -> None:
@@ -54,28 +68,52 @@ def test_entropy_of_equal_logits_is_that_of_the_uniform_whatever_their_size() ->
     np.testing.assert_allclose(scores.entropy, np.log(VOCAB), rtol=1e-4)  # 1000 is a multiple of 6e-5 in fp32
 
 
-@pytest.mark.usefixtures("chunks")
-def test_gradients_are_torchs() -> None:
+def gradients(total: Callable[..., jax.Array], weights: np.ndarray) -> list[tuple[Any, Any]]:
+    """Ours of `total(hidden, head, targets)`, and torch's of the weighted log-probs: of hidden, of the head."""
     hidden, head, targets = arrays()
-    weights = np.random.default_rng(1).standard_normal(targets.shape).astype(np.float32)
     h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
     logp = torch.log_softmax(h @ w.T, -1).gather(-1, torch.tensor(targets).long()[..., None])[..., 0]
     (logp * torch.tensor(weights)).sum().backward()
-
-    def weighted(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return (token_logprobs(hidden, head, jnp.asarray(targets)).logp * weights).sum()
-
-    ours = jax.jit(jax.grad(weighted, argnums=(0, 1)))(jnp.asarray(hidden), jnp.asarray(head))
-    for gradient, leaf in zip(ours, (h, w), strict=True):
-        assert leaf.grad is not None
-        np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=5e-6)
+    ours = jax.jit(jax.grad(lambda h, w: total(h, w, jnp.asarray(targets)), argnums=(0, 1)))(hidden, head)
+    assert h.grad is not None
+    assert w.grad is not None
+    return list(zip(ours, (h.grad.numpy(), w.grad.numpy()), strict=True))
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("cuts")
+def test_gradients_are_torchs(wanted: np.ndarray) -> None:
+    weights = np.random.default_rng(1).standard_normal(wanted.shape).astype(np.float32)
+
+    def total(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+        return (token_logprobs(hidden, head, targets, jnp.asarray(wanted)).logp * weights).sum()
+
+    for ours, theirs in gradients(total, weights * wanted):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.usefixtures("cuts")
+def test_gradients_of_sums_are_torchs(wanted: np.ndarray) -> None:
+    def total(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+        return 3 * likelihood(hidden, head, targets, jnp.asarray(wanted)).logp
+
+    for ours, theirs in gradients(total, 3 * wanted.astype(np.float32)):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.usefixtures("cuts")
+def test_gradients_of_hidden_states_alone_are_the_same() -> None:
+    hidden, head, targets = map(jnp.asarray, arrays())
+    alone = jax.grad(lambda h: likelihood(h, head, targets).logp)(hidden)
+    both = jax.grad(lambda h, w: likelihood(h, w, targets).logp, argnums=(0, 1))(hidden, head)
+    np.testing.assert_allclose(alone, both[0], atol=1e-7)
+
+
+@pytest.mark.usefixtures("cuts")
 def test_entropy_is_reported_and_never_differentiated() -> None:
     hidden, head, targets = map(jnp.asarray, arrays())
-    gradient = jax.grad(lambda h: token_logprobs(h, head, targets).entropy.sum())(hidden)
-    assert not gradient.any()
+    for function in (token_logprobs, likelihood):
+        gradient = jax.grad(lambda h, function=function: function(h, head, targets).entropy.sum())(hidden)
+        assert not gradient.any()
 
 
 def test_bf16_logits_are_normalised_in_fp32() -> None:
@@ -89,12 +127,33 @@ def test_bf16_logits_are_normalised_in_fp32() -> None:
     np.testing.assert_allclose(scores.logp, expected, atol=1e-6)
 
 
-def largest_array(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def test_what_is_not_wanted_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop goes round as often as there are chunks of wanted tokens."""
+    monkeypatch.setattr(logprobs, "LEAST", 2)
+    hidden, head, targets = map(jnp.asarray, arrays())
+    rounds: list[int] = []
+    product = logprobs._product
+
+    def counted(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: rounds.append(1))
+        return product(hidden, head)
+
+    monkeypatch.setattr(logprobs, "_product", counted)
+    for number, chunks in ((0, 0), (1, 1), (4, 2), (5, 3), (14, 7)):
+        wanted = (jnp.arange(BATCH * TIME) < number).reshape(BATCH, TIME)
+        rounds.clear()
+        jax.block_until_ready(jax.jit(likelihood)(hidden, head, targets, wanted))
+        jax.effects_barrier()
+        assert len(rounds) == chunks
+
+
+def largest_array(function: Callable[..., Any], pieces: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """Elements of the largest array in the compiled gradient for B 2, T 64, D 8, V 512."""
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(logprobs, "LEAST", 1)
+    monkeypatch.setattr(logprobs, "PIECES", pieces)
 
     def total(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
-        return token_logprobs(hidden, head, targets).logp.sum()
+        return function(hidden, head, targets).logp.sum()
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(2, 64, 8), (512, 8)]]
     targets = jax.ShapeDtypeStruct((2, 64), jnp.int32)
@@ -104,7 +163,9 @@ def largest_array(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
     return max(sizes)
 
 
-def test_logits_of_all_tokens_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk = 2 * 4 * 512  # rows, times a chunk, vocab
-    assert largest_array(2**40, monkeypatch) == 2 * 64 * 512
-    assert largest_array(4 * chunk, monkeypatch) == chunk
+@pytest.mark.parametrize("function", [token_logprobs, likelihood])
+def test_logits_of_all_tokens_are_never_held(
+    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert largest_array(function, 1, monkeypatch) == 2 * 64 * 512
+    assert largest_array(function, 16, monkeypatch) == 8 * 512

@@ -95,7 +95,7 @@ def test_what_it_cant_do_is_left_to_other_kernels() -> None:
     q, k, v = arrays(1, 128)
     place, one = packed(1, 128), packed(1, 20)
     with pytest.raises(NotImplementedError):
-        splash(q[:, :64], k, v, Tokens(*(x[:, :64] for x in place)), place, None)
+        splash(q[:, :64], k, v, jax.tree.map(lambda x: x[:, :64], place), place, None)
     with pytest.raises(NotImplementedError):
         splash(q[:, :20], k[:, :20], v[:, :20], one, one, None)
     y = attention(q[:, :20], k[:, :20], v[:, :20], one, one, kernel="splash")
@@ -140,7 +140,7 @@ def test_a_mesh_that_is_left_to_xla() -> None:
         results(lambda q, k, v, at: plain(q, k, v, at, at, None), qkv, place),
     )
     with pytest.raises(NotImplementedError), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        interpreted(*(x[:3] for x in qkv), *[Tokens(*(x[:3] for x in place))] * 2, None)
+        interpreted(*(x[:3] for x in qkv), *[jax.tree.map(lambda x: x[:3], place)] * 2, None)
 
 
 HF = {

@@ -1,0 +1,72 @@
+"""What is kept of a table, docs/bench/NAME.json: rows, the machine, the versions of packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[2] / "docs" / "bench"
+Json = dict[str, Any]
+
+
+def write(name: str, rows: Sequence[Json], head: Json, order: Sequence[str]) -> None:
+    """docs/bench/`name`.json: `head`, and `rows` in the place of those of the same "what". The others are kept if they
+    are in `order`, which is the order they have, and were measured on the same machine with the same versions."""
+    path = FOLDER / f"{name}.json"
+    known: dict[str, Json] = {}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if all(before[key] == head[key] for key in ("machine", "versions")):
+            known = {row["what"]: row for row in before["rows"]}
+        else:
+            print(f"{path.name} is of another machine or other versions: begun anew", file=sys.stderr)
+    known |= {row["what"]: {"date": head["date"], **row} for row in rows}
+    record = {**head, "rows": [known[what] for what in order if what in known]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text(record) + "\n")
+
+
+def text(record: Json) -> str:
+    """As JSON, to four digits."""
+    short = json.loads(json.dumps(record), parse_float=lambda number: float(f"{float(number):.4g}"))
+    return json.dumps(short, indent=1)
+
+
+def machine(accelerator: bool) -> Json:
+    """What is measured on."""
+    cpu = [
+        line.partition(": ")[2]
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    gpu = ""
+    if accelerator and shutil.which("nvidia-smi"):
+        ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpu = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "cores": cores,
+        "cpu": cpu[0] if cpu else None,
+        "memory_gb": round(memory / 1e9),
+        "accelerator": gpu or None,
+    }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of Python and of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
