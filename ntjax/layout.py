@@ -27,6 +27,7 @@ from ntjax.errors import ConfigError
 from ntjax.mesh import AXES, FSDP, HOST, ROWS, SEQUENCE, TENSOR, row_groups
 from ntjax.params import Params, Spec, Specs
 from ntjax.quantised import EightBit, FourBit, in_words
+from ntjax.turned import Turned, turned
 from ntjax.weights import Adapted, Parted, whole
 
 # Axis of a weight -> axis of the mesh.
@@ -153,14 +154,16 @@ class Layout:
         return PartitionSpec(*axes)
 
     def _of_blocks(self, spec: Spec, w: FourBit, axes: list[str]) -> Any:
-        """4-bit weights are split by blocks, as far as these divide; what is nested stays whole."""
-        lead, blocks = [None] * len(spec.stacked), w.absmax.shape[-1]
-        while axes and blocks % math.prod(self.mesh.shape[axis] for axis in axes):
+        """4-bit weights are split by blocks, those that are turned by outputs, as far as these divide; what is nested
+        stays whole."""
+        lead, count = [None] * len(spec.stacked), w.absmax.shape[-1]
+        while axes and count % math.prod(self.mesh.shape[axis] for axis in axes):
             axes = axes[:-1]
-        by_blocks = PartitionSpec(*lead, tuple(axes) or None)
+        lead += [None, None] if isinstance(w, Turned) else []
+        split = PartitionSpec(*lead, tuple(axes) or None)
         return w.replace(  # type: ignore[attr-defined]
-            codes=by_blocks,
-            absmax=by_blocks,
+            codes=split,
+            absmax=split,
             nested=None if w.nested is None else PartitionSpec(),
             offset=None if w.offset is None else PartitionSpec(),
         )
@@ -180,12 +183,15 @@ class Layout:
             return places
         return {path: _moved(place, _far(specs[path], params[path])) for path, place in places.items()}
 
-    def packed(self, w: Any) -> Any:
-        """A weight as it is held: the codes of a quantised one in words, where they are offloaded or on TPUs. XLA tiles
-        bytes in one way in the host's memory or in one loop and in another where it computes, and would form all
-        layers' anew, four times as large, to tile those of one."""
-        tpu = self.mesh.devices.flat[0].platform == "tpu"
-        return in_words(w, self.mesh.size) if tpu or self.offload else w
+    def packed(self, spec: Spec, w: Any) -> Any:
+        """A weight of a layer, or a stack of them, as it is held: quantised codes in words where they are offloaded,
+        4-bit ones turned on TPUs. XLA tiles bytes in one way in the host's memory and in another where it computes, and
+        would form all layers' anew, four times as large, to tile those of one."""
+        if self.offload:
+            return in_words(w, self.mesh.size)
+        if isinstance(w, FourBit) and self.mesh.devices.flat[0].platform == "tpu":
+            return turned(w, math.prod(w.matrix[-len(spec.inputs) :]))
+        return w
 
     def put(self, params: Params, specs: Specs) -> Params:
         """The weights, as they are held between steps."""
@@ -293,7 +299,7 @@ def placing(layout: Layout, specs: Specs) -> dict[str, Any]:
     """How `hf.folder.load_params` is to leave weights: as they are held between steps."""
     return {
         "sharding": lambda path, shapes: layout.shardings({path: shapes}, specs)[path],
-        "packed": layout.packed,
+        "packed": lambda path, w: layout.packed(specs[path], w),
     }
 
 

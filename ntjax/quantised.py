@@ -76,7 +76,7 @@ class FourBit:
         # An axis of two would be the last one, which TPUs fill up to 128 numbers.
         pairs = jnp.repeat(_bytes(self.codes, jnp.uint8), 2, axis=-1)
         codes = pairs >> np.tile(np.array([4, 0], np.uint8), BLOCK // 2) & 15
-        values = _selected(codes, TABLES[self.kind]) * self._absmax()[..., None]
+        values = selected(codes, TABLES[self.kind]) * self._absmax()[..., None]
         flat = values.astype(dtype).reshape(*self.absmax.shape[:-1], -1)
         return flat[..., : math.prod(self.matrix)].reshape(self.shape)
 
@@ -138,10 +138,10 @@ def _bytes(codes: Any, dtype: Any) -> Any:
     return jax.lax.bitcast_convert_type(codes, dtype).reshape(*codes.shape[:-1], -1)
 
 
-def _selected(codes: jax.Array, table: np.ndarray) -> jax.Array:
-    """table[codes] for 4-bit codes, chosen bit by bit: 15 selects, where a TPU's gather takes elements in turn."""
+def selected(codes: jax.Array, table: np.ndarray) -> jax.Array:
+    """table[codes], chosen bit by bit: 15 selects for 4-bit codes, where a TPU's gather takes elements in turn."""
     values: Sequence[Any] = [np.float32(value) for value in table]
-    for bit in range(4):
+    for bit in range(len(values).bit_length() - 1):
         odd = (codes >> bit) & 1 == 1
         values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]

@@ -21,6 +21,7 @@ from flax import struct
 
 from ntjax.mesh import FSDP
 from ntjax.quantised import EightBit, FourBit
+from ntjax.turned import Turned
 
 NEAR, FAR = jax.memory.Space.Device, jax.memory.Space.Host
 
@@ -272,10 +273,15 @@ def product(rows: jax.Array, w: Any, split: int) -> jax.Array:
         return w.product(rows, split)
     if isinstance(w, FourBit | EightBit):
         # The backward pass dequantises again: kept for it, the weights of all layers would stand there in full.
-        return jax.checkpoint(
-            lambda rows, w: jnp.einsum("NI,OI->NO", rows, _matrix(w.dense(rows.dtype), split, rows.dtype))
-        )(rows, w)
+        return jax.checkpoint(partial(_by_codes, split=split))(rows, w)
     return jnp.einsum("NI,OI->NO", rows, _matrix(w, split, rows.dtype))
+
+
+def _by_codes(rows: jax.Array, w: FourBit | EightBit, split: int) -> jax.Array:
+    """`product` with a weight in 4 or 8 bits."""
+    if isinstance(w, Turned):
+        return w.product(rows)
+    return jnp.einsum("NI,OI->NO", rows, _matrix(w.dense(rows.dtype), split, rows.dtype))
 
 
 def dense(w: Any, dtype: Any) -> jax.Array:

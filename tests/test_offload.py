@@ -156,7 +156,7 @@ def test_matrices_are_what_is_moved() -> None:
     assert {path for path, kind in kinds.items() if kind != HOST} == near
     layer = np.asarray(params["blocks.mlp.up"][0])
     for double, far in ((True, {"codes"}), (False, {"codes", "absmax"})):
-        node = layout.packed(quantise_4bit(layer, "nf4", double, layer.shape))
+        node = layout.packed(specs["blocks.mlp.up"], quantise_4bit(layer, "nf4", double, layer.shape))
         put = layout.put({"blocks.mlp.up": jax.tree.map(lambda x: np.stack([x] * 6), node)}, specs)
         arrays = jax.tree_util.tree_leaves_with_path(put["blocks.mlp.up"])
         assert {path[-1].name for path, x in arrays if x.sharding.memory_kind == HOST} == far

@@ -44,9 +44,9 @@ from tests.tiny import tiny_model
 from tests.torch_reference import TINY, logits, pair, random_ids, stacked, tokens
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
-STEPS, RATE, DECAY, CLIP = 5, 1e-2, 0.1, 1.0
+STEPS, RATE, DECAY, CLIP = 5, 1e-3, 0.1, 1.0  # larger steps make more of a last bit's difference
 FREEZE = ("embed", r"self_attn\.[kv]_proj", "blocks.attn_norm")
-RATES = {"mlp.up": 3e-2, r"q_proj\.weight": 1e-3, "head": 0.0}
+RATES = {"mlp.up": 3e-3, r"q_proj\.weight": 1e-4, "head": 0.0}
 
 
 def stage(**settings: Any) -> Options:
@@ -96,19 +96,19 @@ def our_steps(which: Options, model: Any, join: Any, frozen: Any, params: Any, s
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "make"),
-    [("adamw_torch", torch.optim.AdamW), ("sgd", torch.optim.SGD)],
+    ("settings", "make"),
+    [({"optimizer": "adamw_torch"}, torch.optim.AdamW), ({"optimizer": "sgd"}, torch.optim.SGD)],
     ids=["adamw", "sgd"],
 )
-def test_training_with_frozen_parts_and_rates_is_torchs(optimizer: str, make: Any) -> None:
+def test_training_with_frozen_parts_and_rates_is_torchs(settings: dict[str, Any], make: Any) -> None:
     theirs, model, params = pair({**TINY, "tie_word_embeddings": False})
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
     rates = {}
     for name, parameter in theirs.named_parameters():
         parameter.requires_grad = not re.search(r"embed|self_attn\.[kv]_proj|input_layernorm", name)
-        for part, rate in {"up_proj": 3e-2, "q_proj": 1e-3, "lm_head": 0.0}.items():
+        for part, rate in {"up_proj": 3e-3, "q_proj": 1e-4, "lm_head": 0.0}.items():
             rates |= {name: rate} if part in name else {}
-    ids, which = random_ids(3, 12), stage(optimizer=optimizer)
+    ids, which = random_ids(3, 12), stage(**settings)
     torch_steps(theirs, rates, ids, make)
     still = parts.frozen(FREEZE, model.specs)
     frozen = {path: w for path, w in params.items() if path in still}
@@ -125,7 +125,7 @@ def test_training_with_frozen_parts_and_rates_is_torchs(optimizer: str, make: An
     assert moved
     assert all(re.search(r"self_attn\.[qo]|mlp|post_att|model\.norm", name) for name in moved)
     kept = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    assert len(kept) == (2 * len(free) if optimizer == "adamw_torch" else 0)
+    assert len(kept) == (2 * len(free) if make is torch.optim.AdamW else 0)
 
 
 def test_adapters_with_frozen_parts_and_rates_are_pefts(tmp_path: Path) -> None:

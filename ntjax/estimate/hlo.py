@@ -187,7 +187,9 @@ class Program:
         total = 0.0
         for user in inner.users[name]:
             nested = self.computations.get(user.called("calls") or "")
-            if user.opcode == "fusion" and nested is not None:
+            if nested is not None and nested.root.opcode == "copy" and not user.root:
+                total += self._read(inner, user.name)  # tiled anew on the way, as far as it is read
+            elif user.opcode == "fusion" and nested is not None:
                 names = [inside.name for inside in _parameters(nested)]
                 places = [place for place, given in enumerate(user.operands) if given == name]
                 total += sum(self._read(nested, names[place]) for place in places) if places else math.inf

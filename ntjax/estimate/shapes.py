@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def weights(config: Config, stage: StageConfig, model: Model, layout: Layout) ->
     parts.factors(stage, specs, plan.specs(specs), where)
     quantised = quantisable(specs) if quantiser(settings, specs) else set()
     frozen = {path: _frozen(config, spec, path in quantised) for path, spec in specs.items()}
-    frozen = {path: jax.eval_shape(layout.packed, w) for path, w in frozen.items()}
+    frozen = {path: jax.eval_shape(partial(layout.packed, specs[path]), w) for path, w in frozen.items()}
     frozen = {p: w for p, w in frozen.items() if not (p in plan.whole and plan.whole[p].all())}
     plain = {path: Shape(spec.shape, settings.dtype) for path, spec in specs.items()}
     start = replace(plan, start=True) if plan.changes_base else plan  # PiSSA's shapes are LoRA's

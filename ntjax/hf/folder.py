@@ -118,16 +118,16 @@ def load_params(
     sharding: Placing | None = None,
     ignore: Sequence[str] = HARMLESS,
     quantise: Quantise | None = None,
-    packed: Callable[[Any], Any] = lambda node: node,
+    packed: Callable[[str, Any], Any] = lambda path, node: node,
 ) -> Params:
     """The weights that `specs` declare, in `dtype` or what `dtypes` has for their path, each where
     `sharding(path, shapes)` says: a sharding, or, for a quantised weight, a tree like that of its arrays' shapes.
 
     Each tensor is read, quantised where `quantise(path, tensor)` says so (it gives a node, or None for a weight that
-    stays as it is), `packed`, sent to the devices and written into its place in the stacked weight there, so that the
-    host holds one at a time. The largest tensors go first, when least is allocated beside them. Weights that lie in
-    the host's memory are put together on the devices one by one. On several hosts each one reads what its devices
-    hold.
+    stays as it is), laid out by `packed(path, node)`, sent to the devices and written into its place in the stacked
+    weight there, so that the host holds one at a time. The largest tensors go first, when least is allocated beside
+    them. Weights that lie in the host's memory are put together on the devices one by one. On several hosts each one
+    reads what its devices hold.
 
     Raises BadData as `check` does, and what `open_weights` raises.
     """
@@ -147,7 +147,7 @@ def _load(
     dtype: jnp.dtype,
     sharding: Placing | None,
     quantise: Quantise | None,
-    packed: Callable[[Any], Any],
+    packed: Callable[[str, Any], Any],
 ) -> Any:
     stacked = len(spec.stacked)
     lead, shape = spec.shape[:stacked], spec.shape[stacked:]
@@ -155,7 +155,7 @@ def _load(
     places: Any = None
     held: Any = None
     for index, name in spec.tensors():
-        tensor = packed(_read(source, name, shape, dtype, path, quantise))
+        tensor = packed(path, _read(source, name, shape, dtype, path, quantise))
         if weight is None:
             given = dtype if isinstance(tensor, np.ndarray) else None
             shapes = jax.tree.map(
