@@ -96,6 +96,7 @@ def test_learned_tokens_alone_and_the_likeliest(model: ntjax.LoadedModel) -> Non
     assert share == pytest.approx(float(metrics["mean_token_accuracy"]))
 
 
+@pytest.mark.more
 def test_a_mesh_gives_the_same(model: ntjax.LoadedModel, folder: Path) -> None:
     parted = ntjax.load(folder, mesh={"data": 2, "fsdp": 2})
     assert len(parted.params["embed"].sharding.device_set) == 4

@@ -26,6 +26,7 @@ from ntjax.pipeline import run
 from ntjax.prepare import layout_of
 from ntjax.quantised import in_words, quantise_4bit, quantise_8bit
 from ntjax.weights import FAR, NEAR
+from tests.cases import some
 from tests.cli.process import write_rows
 from tests.tiny import tiny_model
 
@@ -127,13 +128,13 @@ def check(case: tuple[dict[str, Any], dict[str, Any]], devices: int, train: Trai
         np.testing.assert_allclose(left[name], weight, rtol=0, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", some([1, 4], [4]))
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_is_what_it_is_without(name: str, devices: int, train: Train) -> None:
     check(CASES[name], devices, train)
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", some(MORE, ["sft, 4 bits, double", "grpo, lora"]))
 def test_so_are_all_the_ways_in_which_weights_are_used(name: str, train: Train) -> None:
     check(MORE[name], 2, train)
 

@@ -29,6 +29,7 @@ from ntjax.params import Params
 from ntjax.prepare import Job, prepare, words_of
 from ntjax.weights import einsum
 from tests import vlm, vlm_reference
+from tests.cases import some
 from tests.peft_reference import WARNINGS
 from tests.trl_reference import here, write_config
 
@@ -186,7 +187,7 @@ def test_packed_rows_are_as_alone(place: Made) -> None:
 
 
 @fast(*FAST)
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", some(MESHES, [*MESHES][:1]))
 def test_a_mesh_has_the_logits_of_one_device(place: Made, name: str) -> None:
     """Eight rows, in groups that each have a pool of their own."""
     _, alone = our_logits(place.folder, place.config("alone"))
@@ -246,7 +247,7 @@ def test_the_exported_processor_is_the_same(place: Made, exported: Path) -> None
 @fast(FAST[0])
 @pytest.mark.parametrize(
     "freeze",
-    [pytest.param(["vision_tower"], marks=pytest.mark.slow), []],
+    some([["vision_tower"], []], [["vision_tower"]]),
     ids=["language model", "tower too"],
 )
 def test_an_adapter_does_in_peft_what_the_merged_folder_does(place: Made, freeze: list[str]) -> None:

@@ -219,7 +219,7 @@ def test_a_stage_on_rows_with_images_says_how_many_images_they_show(chain: Path)
 @pytest.mark.parametrize(
     ("family", "kinds"),
     [
-        ("qwen2_5_vl", ["grpo"]),
+        pytest.param("qwen2_5_vl", ["grpo"], marks=pytest.mark.more),
         pytest.param("qwen2_5_vl", ["sft", "dpo"], marks=pytest.mark.slow),
         pytest.param("llava_next", ["sft", "dpo", "grpo"], marks=pytest.mark.slow),
     ],

@@ -19,6 +19,7 @@ from ntjax.models import build, scoring_config
 from ntjax.stages import dpo, pretrain, reward, sft
 from ntjax.stages.base import StageConfig
 from ntjax.step import eval_step, initial_state, train_step
+from tests.cases import some
 from tests.test_step import TINY, assert_close, constant, random_params, recorder
 
 ROWS, COUNT = 4, 37  # of a microbatch, and of the data: the last step of an epoch is not full
@@ -85,8 +86,8 @@ def model_of(stage: StageConfig) -> Any:
     return build(scoring_config(TINY), labels=1) if stage.scores else build(TINY)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("accumulation", some([1, 4], [4]))
+@pytest.mark.parametrize("name", some(CASES, ["sft", "dpo", "reward"]))
 def test_a_step_is_the_same(name: str, accumulation: int) -> None:
     (stage, made), found = CASES[name], []
     examples, model = made(), model_of(stage)
@@ -102,7 +103,7 @@ def test_a_step_is_the_same(name: str, accumulation: int) -> None:
     assert others == pytest.approx(metrics, rel=EXACT, abs=EXACT)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES, ["sft", "dpo"]))
 def test_an_evaluation_is_the_same(name: str) -> None:
     (stage, made), found = CASES[name], []
     examples, model = made(), model_of(stage)

@@ -20,6 +20,7 @@ from ntjax.estimate.programs import Programs
 from ntjax.estimate.search import Found, Search, meshes
 from ntjax.estimate.target import Target
 from ntjax.prepare import layout_of
+from tests.cases import some
 
 HF = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 512}
 HF |= {"intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -85,8 +86,11 @@ def rows(config: Config, number: int) -> int:
     return stage.per_device_train_batch_size * stage.gradient_accumulation_steps * groups
 
 
-@pytest.mark.parametrize(("memory", "off"), [(1.4e9, 2.0), (9e8, 1.0), (6e8, 0.5), (8e9, 1.5)])
-def test_what_is_found_fits_and_learns_from_the_same_rows(memory: float, off: float, config: Config) -> None:
+@pytest.mark.parametrize(
+    "case", some([(1.4e9, 2.0), (9e8, 1.0), (6e8, 0.5), (8e9, 1.5)], [(9e8, 1.0)]), ids=str
+)
+def test_what_is_found_fits_and_learns_from_the_same_rows(case: tuple[float, float], config: Config) -> None:
+    memory, off = case
     where = target(memory)
     found = searched(config, where, off)
     assert found.fits

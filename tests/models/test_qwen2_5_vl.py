@@ -24,6 +24,7 @@ from ntjax.models.vision.pictures import Pictures
 from ntjax.ops.attention import Kept, Tokens
 from ntjax.ops.logprobs import token_logprobs
 from ntjax.params import Params
+from tests.cases import some
 from tests.torch_reference import randomised, stacked
 
 TOLERANCE = 1e-4
@@ -306,9 +307,7 @@ MESHES: dict[str, tuple[dict[str, int], int]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [next(iter(MESHES)), *(pytest.param(name, marks=pytest.mark.slow) for name in [*MESHES][1:])]
-)
+@pytest.mark.parametrize("name", some(MESHES, []))
 def test_several_devices_compute_what_one_does(name: str) -> None:
     _, model, params = pair()
     rows: list[Row] = [*ROWS, [[7]], [[2, B, 1], [1, A, 1]], [[30]], [[4]], [[1, C, 9]]]
