@@ -39,6 +39,7 @@ COLUMNS = (
     ("seconds", 9),
     ("bound by", 8),
     ("MFU", 6),
+    ("XLA's s", 8),
 )
 
 
@@ -178,7 +179,12 @@ class Plan:
                 print(
                     " ".join(f"{cell:>{w}}" for cell, (_, w) in zip(_cells(stage, one), COLUMNS, strict=True))
                 )
-        print("\nGiB of memory, and FLOPs and bytes of a call, of one device.\n")
+        print(
+            "\nGiB of memory, and FLOPs and bytes of a call, of one device. XLA's s: what the compiler reckons with,"
+        )
+        print(
+            "on TPUs, without kernels and collectives; far above the seconds, something is done in a slow way.\n"
+        )
         for stage, every in zip(self.config.stages, stages, strict=True):
             for text in _notes(stage, every, layout):
                 print(text)
@@ -202,11 +208,12 @@ def _cells(stage: Any, one: Estimate) -> list[str]:
     work = one.work.dense + one.work.attention
     row = [stage.stage_name, one.program, *(f"{size:.2f}" for size in sizes), fits, f"{work / 1e12:.3g}"]
     if not one.moved:  # it wasn't compiled to its end
-        return [*row, *[""] * 5]
+        return [*row, *[""] * 6]
     row += [f"{one.moved / 1e9:.4g}", f"{one.sent / 1e9:.3g}"]
     if one.times is None or one.utilisation is None:
-        return [*row, "", "", ""]
-    return [*row, f"{one.times.total:.4g}", one.times.bound, f"{one.utilisation:.1%}"]
+        return [*row, *[""] * 4]
+    row += [f"{one.times.total:.4g}", one.times.bound, f"{one.utilisation:.1%}"]
+    return [*row, f"{one.reckoned:.4g}" if one.reckoned else ""]
 
 
 def _notes(stage: Any, every: Sequence[Estimate], layout: Layout) -> list[str]:

@@ -33,6 +33,7 @@ READS_PART = {"dynamic-slice", "gather"}
 HEADER = re.compile(r"^(ENTRY )?%?(\S+) (\([^=]*)?.*\{$")
 COMMENT = re.compile(r"/\*.*?\*/")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=(?:\{([^}]*)\}|%?([\w.-]+))")
 
 
@@ -160,6 +161,13 @@ class Program:
     def bytes(self) -> float:
         """Of main memory that a device reads and writes in a call."""
         return sum(times * self._moved(where, one) for where, one, times in self.walk())
+
+    @cached_property
+    def cycles(self) -> int:
+        """Of a TPU's core in a call, as XLA reckons for all but hand-written kernels and collectives; 0 elsewhere."""
+        return sum(
+            times * int(found[1]) for _, one, times in self.walk() if (found := CYCLES.search(one.rest))
+        )
 
     def _moved(self, where: Computation, one: Instruction) -> float:
         if one.opcode in NOTHING or one.opcode.endswith("-done"):

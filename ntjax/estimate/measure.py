@@ -27,6 +27,7 @@ class Estimate:
 
     `fits` is None where the device's memory isn't known. `work` is what the program computes, `useful` what it would
     have to, each activation once and nothing that is masked. `times` is None for devices that `chips` doesn't know.
+    `reckoned` are XLA's own seconds for a TPU, hand-written kernels and collectives left out.
     """
 
     program: str
@@ -41,6 +42,7 @@ class Estimate:
     collectives: list[Collective] = field(default_factory=list)
     kernels: dict[str, int] = field(default_factory=dict)
     times: Times | None = None
+    reckoned: float | None = None
     utilisation: float | None = None  # of the peak, by useful FLOPs
 
     @property
@@ -98,7 +100,8 @@ def estimate(programs: Programs, program: Program, target: Target) -> Estimate:
     dtype = programs.config.compute_dtype(programs.stage)
     spent = times(work, found.moved, found.collectives, chip, layout.mesh, dtype, skips)
     peak = chip.fp32 if dtype == "float32" else chip.flops
-    return replace(found, times=spent, utilisation=useful / (spent.total * peak))
+    reckoned = text.cycles / chip.clock if text.cycles else None
+    return replace(found, times=spent, reckoned=reckoned, utilisation=useful / (spent.total * peak))
 
 
 def _work(programs: Programs, name: str) -> tuple[Flops, float]:

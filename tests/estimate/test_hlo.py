@@ -61,6 +61,26 @@ def test_a_loop_s_body_counts_as_often_as_it_goes_round() -> None:
     assert program.collectives[0].moved == 3 * ROW
 
 
+def test_a_stack_that_is_tiled_anew_on_the_way_is_read_as_far_as_it_is_taken() -> None:
+    again = """%again (d: f32[3,4,8]) -> f32[3,4,8] {
+  %d = f32[3,4,8]{2,1,0} parameter(0)
+  ROOT %copy = f32[3,4,8]{2,1,0:T(8,128)} copy(%d)
+}
+
+%fused (a:"""
+    text = LOOP.replace("%fused (a:", again).replace(
+        "%slice = f32[1,4,8]{2,1,0} dynamic-slice(%b,",
+        "%tiled = f32[3,4,8]{2,1,0:T(8,128)} fusion(%b), kind=kLoop, calls=%again\n"
+        "  %slice = f32[1,4,8]{2,1,0} dynamic-slice(%tiled,",
+    )
+    assert Program(text).bytes == Program(LOOP).bytes
+
+
+def test_cycles_are_counted_as_often() -> None:
+    text = LOOP.replace("calls=%fused", 'calls=%fused, backend_config={"estimated_cycles":"70"}')
+    assert (Program(text).cycles, Program(LOOP).cycles) == (3 * 70, 0)
+
+
 def test_a_loop_that_data_end_counts_once() -> None:
     text = LOOP.replace(
         "ROOT %less = pred[] compare(%j, %three), direction=LT",
