@@ -1,4 +1,4 @@
-"""Cases of a test, of which the default run takes a few and CI takes all."""
+"""Cases of a test, of which the default run takes a few."""
 
 from __future__ import annotations
 
