@@ -70,7 +70,7 @@ FAST = [("llava", "clip"), ("qwen2_5_vl", "clip")]
 
 def fast(*families: tuple[str, str]) -> Any:
     """Every family, those that aren't named left to CI."""
-    named = [pytest.param(one, marks=() if one in families else pytest.mark.slow) for one in vlm.FAMILIES]
+    named = [pytest.param(one, marks=() if one in families else pytest.mark.more) for one in vlm.FAMILIES]
     return pytest.mark.parametrize("place", named, indirect=True, ids=" ".join)
 
 

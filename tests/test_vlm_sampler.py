@@ -55,7 +55,7 @@ class Made(NamedTuple):
 
 FAMILIES = [
     ("llava", "clip"),
-    pytest.param(("llava_next", "siglip"), marks=pytest.mark.slow),
+    pytest.param(("llava_next", "siglip"), marks=pytest.mark.more),
     ("qwen2_5_vl", "clip"),
 ]
 
@@ -137,7 +137,7 @@ def test_slots_groups_and_refills_change_nothing(made: Made) -> None:
     same([alone], made.whole[2:3])
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_eight_devices_see_what_one_does(made: Made, sizes: dict[str, int]) -> None:
     layout = Layout(make_mesh(sizes), zero=3, rules=tuple({**RULES, "vocab": "none"}.items()))

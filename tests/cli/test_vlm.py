@@ -220,8 +220,8 @@ def test_a_stage_on_rows_with_images_says_how_many_images_they_show(chain: Path)
     ("family", "kinds"),
     [
         pytest.param("qwen2_5_vl", ["grpo"], marks=pytest.mark.more),
-        pytest.param("qwen2_5_vl", ["sft", "dpo"], marks=pytest.mark.slow),
-        pytest.param("llava_next", ["sft", "dpo", "grpo"], marks=pytest.mark.slow),
+        pytest.param("qwen2_5_vl", ["sft", "dpo"], marks=pytest.mark.more),
+        pytest.param("llava_next", ["sft", "dpo", "grpo"], marks=pytest.mark.more),
     ],
 )
 def test_the_other_families_go_through_stages_too(
@@ -244,10 +244,10 @@ def test_the_other_families_go_through_stages_too(
     ("name", "family", "model", "kinds"),
     [
         ("lora", "llava", {}, ["sft"]),
-        pytest.param("loras", "llava", {}, ["dpo", "grpo"], marks=pytest.mark.slow),
+        pytest.param("loras", "llava", {}, ["dpo", "grpo"], marks=pytest.mark.more),
         pytest.param(
             *("qlora", "qwen2_5_vl", {"load_in_4bit": True}, ["sft", "dpo", "grpo", "ppo"]),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.more,
         ),
     ],
 )
