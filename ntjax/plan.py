@@ -41,6 +41,10 @@ COLUMNS = (
     ("MFU", 6),
     ("XLA's s", 8),
 )
+LEGEND = """
+GiB of memory, and FLOPs and bytes of a call, of one device. XLA's s: what the compiler reckons with, on TPUs, without
+kernels and collectives; far above the seconds, something is done in a slow way.
+"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -179,12 +183,7 @@ class Plan:
                 print(
                     " ".join(f"{cell:>{w}}" for cell, (_, w) in zip(_cells(stage, one), COLUMNS, strict=True))
                 )
-        print(
-            "\nGiB of memory, and FLOPs and bytes of a call, of one device. XLA's s: what the compiler reckons with,"
-        )
-        print(
-            "on TPUs, without kernels and collectives; far above the seconds, something is done in a slow way.\n"
-        )
+        print(LEGEND)
         for stage, every in zip(self.config.stages, stages, strict=True):
             for text in _notes(stage, every, layout):
                 print(text)
