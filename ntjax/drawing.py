@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from ntjax.judge import rewarded
 from ntjax.metrics import Mean, Metrics
 from ntjax.params import Params
 from ntjax.prepare import Setup
-from ntjax.sampler import Completion, Sampler
+from ntjax.sampler import Completion, Group, Sampler
 from ntjax.stages.rollout import RolloutConfig
 from ntjax.window import Drawn
 
@@ -38,16 +38,25 @@ class Drawing:
         were done."""
         prompts = [self.questions.prompts.kept[number] for number in numbers]
         seed, first = self.questions.seed, asked * group
-        completions = self.sampler(params, prompts, group=group, seed=seed, first_row=first)
-        return self.submitted([n for n in numbers for _ in range(group)], completions, step)
+        drawn = self.sampler.groups(params, prompts, group=group, seed=seed, first_row=first)
+        return self.submitted(numbers, drawn, group, step)
 
     def next(self, params: Params, asked: int, groups: int, step: int) -> Drawn:
         """A group of completions of each of the next prompts."""
         numbers = [self.questions.number(asked + i) for i in range(groups)]
         return self(params, numbers, self.questions.geometry.group, asked, step)
 
-    def submitted(self, each: list[int], completions: list[Completion], step: int) -> Drawn:
-        """Completions, each of the prompt of its number, on which the rewards are set to work."""
+    def submitted(self, numbers: Sequence[int], drawn: Iterable[Group], group: int, step: int) -> Drawn:
+        """Groups of completions of the prompts of these numbers, in any order. Rewards are set to work on a part when
+        it and all before it are there, while others are still drawn."""
+        many = (self.stage.reward_batch_size or len(numbers) * group) // group
+        parts = [
+            self._submitted([numbers[place] for place in places for _ in range(group)], completions, step)
+            for places, completions in in_parts(drawn, len(numbers), max(many, 1))
+        ]
+        return Drawn.of(parts)
+
+    def _submitted(self, each: list[int], completions: list[Completion], step: int) -> Drawn:
         decode, train = self.setup.tokenizer.decode, self.setup.train
         texts = [decode(completion.tokens, skip_special_tokens=True) for completion in completions]
         state = {"global_step": step, "max_steps": train.steps, "epoch": step / train.steps_per_epoch}
@@ -62,25 +71,34 @@ class Drawing:
         After `max_resample_times` rounds, what is still missing is made up of the groups that were to be replaced.
         """
         group, wanted = self.questions.geometry.group, self.questions.geometry.completions
-        kept: Drawn | None = None
-        spare: Drawn | None = None
+        kept: list[Drawn] = []
+        spare: list[Drawn] = []
         for round_ in range(self.stage.max_resample_times + 1):  # type: ignore[attr-defined]
             verdict = drawn.verdict()
             rewards = verdict.totals(self.stage.reward_weights).reshape(-1, group)
             varied = rewards.max(axis=1) > rewards.min(axis=1)
             rows = np.arange(rewards.size).reshape(-1, group)
-            useful = drawn.picked(rows[varied].ravel().tolist(), verdict)
             told_once = replace(verdict, logged={}, failures=())
-            useless = drawn.picked(rows[~varied].ravel().tolist(), told_once)
-            kept = useful if kept is None else kept + useful
-            spare = useless if spare is None else spare + useless
-            missing = (wanted - len(kept.numbers)) // group
+            kept.append(drawn.picked(rows[varied].ravel().tolist(), verdict))
+            spare.append(drawn.picked(rows[~varied].ravel().tolist(), told_once))
+            missing = (wanted - sum(len(part.numbers) for part in kept)) // group
             if not missing or round_ == self.stage.max_resample_times:  # type: ignore[attr-defined]
                 break
             drawn, asked = self.next(params, asked, missing, step), asked + missing
-        assert kept is not None
-        assert spare is not None
-        dropped = len(spare.numbers) // group - missing
+        rest = Drawn.of(spare)
+        dropped = len(rest.numbers) // group - missing
         if missing:
-            kept = kept + spare.picked(range(missing * group), spare.verdict())
-        return kept, asked, {"sampler/groups_resampled": Mean(float(dropped), 1.0)}
+            kept.append(rest.picked(range(missing * group), rest.verdict()))
+        return Drawn.of(kept), asked, {"sampler/groups_resampled": Mean(float(dropped), 1.0)}
+
+
+def in_parts(drawn: Iterable[Group], count: int, many: int) -> Iterator[tuple[range, list[Completion]]]:
+    """Places of prompts and their completions, `many` prompts at a time in the order of `count` prompts, each part as
+    soon as it is complete."""
+    there: dict[int, list[Completion]] = {}
+    first = 0
+    for place, completions in drawn:
+        there[place] = completions
+        while first < count and there.keys() >= set(part := range(first, min(first + many, count))):
+            yield part, [completion for at in part for completion in there[at]]
+            first += many

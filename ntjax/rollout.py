@@ -186,7 +186,9 @@ class Rollouts:
 
     def _restored(self, kept: Mapping[str, Any]) -> Window:
         completions = [Completion(*fields) for fields in kept["completions"]]
-        drawn = self.draw.submitted(list(kept["numbers"]), completions, kept["step"])
+        group = self.shape.group
+        groups = [completions[at : at + group] for at in range(0, len(completions), group)]
+        drawn = self.draw.submitted(kept["numbers"][::group], enumerate(groups), group, kept["step"])
         arrays = self._arrays(drawn) | unpacked(kept["scores"])
         return Window(drawn, arrays, kept["asked"], kept["step"], {})
 

@@ -22,7 +22,7 @@ from ntjax.models.vision.pictures import Pictures
 from ntjax.params import Params
 from ntjax.slots import Prompts, Shape, State, Told, doubled, programs
 
-__all__ = ["Completion", "Prompt", "Sampler", "Sampling"]
+__all__ = ["Completion", "Group", "Prompt", "Sampler", "Sampling"]
 
 
 class Prompt(Protocol):
@@ -45,6 +45,9 @@ class Completion:
     tokens: list[int]
     logprobs: list[float]
     finished: str
+
+
+Group = tuple[int, list[Completion]]  # a prompt's place, and its completions
 
 
 class Sampler:
@@ -81,6 +84,19 @@ class Sampler:
 
         `progress` is told how many are complete.
         """
+        found: dict[int, list[Completion]] = {}
+        drawn = self.groups(params, prompts, group=group, seed=seed, first_row=first_row)
+        for number, completions in drawn:
+            found[number] = completions
+            if progress is not None:
+                progress(len(found) * group)
+        return [completion for number in range(len(prompts)) for completion in found[number]]
+
+    def groups(
+        self, params: Params, prompts: Sequence[Prompt], *, group: int, seed: int, first_row: int
+    ) -> Iterator[Group]:
+        """The same, prompts' places with their completions as they become complete: what is done with them, the devices
+        decode on meanwhile."""
         layout = self.model.layout
         devices = layout.rows * layout.sequence if layout else 1
         longest = max(len(prompt.tokens) for prompt in prompts)
@@ -92,8 +108,9 @@ class Sampler:
         state, layers = compiled.empty(), compiled.layers(params)
         waiting = iter(enumerate(prompts))
         held: list[int | None] = [None] * slots  # the prompt in each slot
-        found: dict[int, list[Completion]] = {}
-        while len(found) < len(prompts):
+        done = 0
+        complete: list[Group] = []
+        while done < len(prompts):
             free = _spread([slot for slot, number in enumerate(held) if number is None], shape)
             taken = [
                 Taken(slot, first + number * group, prompt)
@@ -104,18 +121,19 @@ class Sampler:
             for slot, row, _ in taken:
                 held[slot] = (row - first) // group
             # While prompts wait, a quarter of the slots; then all.
-            enough = max(1, slots // 4) if len(found) + slots < len(prompts) else slots
+            enough = max(1, slots // 4) if done + slots < len(prompts) else slots
             state, told = compiled.decode(params, layers, state, enough)
+            yield from complete
+            complete = []
             read = Told(*map(np.array, jax.device_get(told)))
             state = self._stopped(state, read, held, group)
             for slot, number in enumerate(held):
                 rows_ = slice(slot * group, (slot + 1) * group)
                 if number is not None and read.done[rows_].all():
-                    found[number] = [self._completion(read, row) for row in range(rows_.start, rows_.stop)]
-                    held[slot] = None
-            if progress is not None:
-                progress(len(found) * group)
-        return [completion for number in range(len(prompts)) for completion in found[number]]
+                    rows = [self._completion(read, row) for row in range(rows_.start, rows_.stop)]
+                    complete.append((number, rows))
+                    done, held[slot] = done + 1, None
+        yield from complete
 
     def _stopped(self, state: State, read: Told, held: Sequence[int | None], group: int) -> State:
         """Rows whose text has come to a stop string are done, on the device too."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import io
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -40,12 +42,14 @@ class Drawn:
             lambda: verdict.picked(rows),
         )
 
-    def __add__(self, other: Drawn) -> Drawn:
-        return Drawn(
-            self.numbers + other.numbers,
-            self.completions + other.completions,
-            self.texts + other.texts,
-            lambda: self.verdict() + other.verdict(),
+    @classmethod
+    def of(cls, parts: Sequence[Drawn]) -> Drawn:
+        """Those of several, one after the other."""
+        return cls(
+            [number for part in parts for number in part.numbers],
+            [completion for part in parts for completion in part.completions],
+            [text for part in parts for text in part.texts],
+            lambda: reduce(operator.add, [part.verdict() for part in parts]),
         )
 
 

@@ -203,6 +203,7 @@ STAGES = {
         "reward_function": "module:function, file.py:function, a ready-made reward, a model's folder, or a list",
         "reward_weights": "weights of the rewards; by default 1 each",
         "reward_model_path": 'folder of a reward model, or "stage:NAME" of this run',
+        "reward_batch_size": "completions that a reward is asked about at once, as they are drawn; a window by default",
         "reward_timeout": "seconds that a call of a reward function may take",
         "reward_errors": "raise ends the run when a function fails, mask leaves its rows out",
         "reward_error_budget": "calls that may take too long before the run ends",

@@ -187,6 +187,8 @@ class Options(RolloutConfig):
             yield "steps_per_generation", "generation_batch_size says it already"
         if (self.generation_batch_size or self.num_generations) % self.num_generations:
             yield "generation_batch_size", f"not a multiple of num_generations = {self.num_generations}"
+        if self.reward_batch_size is not None and self.reward_batch_size % self.num_generations:
+            yield "reward_batch_size", f"not a multiple of num_generations = {self.num_generations}"
         if self.soft_punish_cache is not None and self.soft_punish_cache > self.max_completion_length:
             yield "soft_punish_cache", f"more than max_completion_length = {self.max_completion_length}"
         if self.dynamic_sample and self.generate_ahead:

@@ -79,6 +79,7 @@ class RolloutConfig(StageConfig):
     reward_function: tuple[str, ...] | None = setting(None, aliases=("reward_functions", "reward_funcs"))
     reward_weights: tuple[float, ...] | None = setting(None)
     reward_model_path: str | None = setting(None, aliases=("reward_model_name_or_path",))
+    reward_batch_size: int | None = setting(None, at_least=1)  # completions a call is given; None: a window
     reward_timeout: float = setting(60.0, above=0)  # seconds a call may take
     reward_errors: str = setting("raise", choices=("raise", "mask"))
     reward_error_budget: int = setting(10, at_least=0)  # calls that may fail before the run does

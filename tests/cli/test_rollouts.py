@@ -32,6 +32,11 @@ def drawn_at(prompts, completions, trainer_state, log_extra, **kwargs):
     log_extra("drawn_at", [trainer_state.global_step] * len(prompts))
     return [float(len(turns[0]["content"])) for turns in completions]
 
+def early(prompts, responses):
+    with open("calls", "a") as file:
+        file.write(f"{len(prompts)}\\n")
+    return letters(prompts, responses)
+
 def raises(prompts, responses):
     if any(responses) and "step" in open("moment").read():
         raise ValueError("no")
@@ -213,6 +218,29 @@ def test_ahead_of_a_policy_that_stands_still_nothing_is_different(
     for task, ahead in (("still", False), ("still_ahead", True)):
         assert ntjax("train", "--config", asked(task, {**still, "generate_ahead": ahead})).code == 0
     one, other = latest("still") / "grpo_stage", latest("still_ahead") / "grpo_stage"
+    assert completions(one) == completions(other)
+    assert without_speed(one) == without_speed(other)
+
+
+def test_rewards_asked_about_parts_of_a_window_make_no_difference(
+    ntjax: Callable[..., Result],
+    asked: Callable[..., Path],
+    latest: Callable[[str], Path],
+    place: Path,
+) -> None:
+    whole = {
+        **AHEAD,
+        "reward_function": "rewards.py:early",
+        "max_steps": 6,
+        "num_iterations": 1,
+        "steps_per_generation": 3,
+    }
+    parts = {**whole, "reward_batch_size": 8}
+    for task, stage, calls in (("whole", whole, ["12"] * 2), ("parts", parts, ["8", "4"] * 2)):
+        (place / "calls").write_text("")
+        assert ntjax("train", "--config", asked(task, stage)).code == 0
+        assert (place / "calls").read_text().split()[1:] == calls  # the first is on two rows, to try it out
+    one, other = latest("whole") / "grpo_stage", latest("parts") / "grpo_stage"
     assert completions(one) == completions(other)
     assert without_speed(one) == without_speed(other)
 
