@@ -138,11 +138,12 @@ def _bytes(codes: Any, dtype: Any) -> Any:
     return jax.lax.bitcast_convert_type(codes, dtype).reshape(*codes.shape[:-1], -1)
 
 
-def selected(codes: jax.Array, table: np.ndarray) -> jax.Array:
-    """table[codes], chosen bit by bit: 15 selects for 4-bit codes, where a TPU's gather takes elements in turn."""
+def selected(codes: jax.Array, table: np.ndarray, first: int = 0) -> jax.Array:
+    """table[codes >> first], chosen bit by bit, higher bits left out: 15 selects for 4-bit codes, where a TPU's gather
+    takes elements in turn."""
     values: Sequence[Any] = [np.float32(value) for value in table]
     for bit in range(len(values).bit_length() - 1):
-        odd = (codes >> bit) & 1 == 1
+        odd = codes & (1 << bit + first) != 0
         values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]
 

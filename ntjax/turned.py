@@ -48,9 +48,9 @@ class Turned(FourBit):
         """The weight of the first half of the inputs and of the second: [.., I / 2, O] each."""
         *lead, blocks, _, outputs = self.codes.shape
         absmax = self._absmax()
-        found = []
-        for half, shift in enumerate((4, 0)):
-            values = selected(self.codes >> shift & 15, TABLES[self.kind])
+        codes, found = self.codes.astype(jnp.int32), []  # whose bits a TPU tests in fewer steps than a byte's
+        for half, first in enumerate((4, 0)):
+            values = selected(codes, TABLES[self.kind], first)
             found.append((values * absmax[..., half, :, None, :]).astype(dtype))
         # Else XLA may write fp32 values, twice as large, for the product to multiply and round.
         found = jax.lax.optimization_barrier(found)
@@ -65,9 +65,8 @@ class Turned(FourBit):
         scale = nested[..., :1, :]
         for k in range(1, nested.shape[-2]):
             scale = jnp.where(kept == k, nested[..., k : k + 1, :], scale)
-        values = selected(self.absmax, dynamic_table()) * scale
         # As in FourBit: a product and a sum, rounded one by one.
-        return jnp.maximum(values, np.finfo(np.float32).min) + self.offset[..., None, None, None]
+        return jnp.maximum(_dynamic(self.absmax) * scale, np.finfo(np.float32).min) + self.offset[..., None, None, None]
 
 
 def turned(w: FourBit, inputs: int) -> FourBit:
@@ -88,6 +87,13 @@ def turned(w: FourBit, inputs: int) -> FourBit:
     if xp is np:
         codes, absmax = np.ascontiguousarray(codes), np.ascontiguousarray(absmax)
     return Turned(codes, absmax, nested, w.offset, w.matrix, w.kind)
+
+
+def _dynamic(codes: jax.Array) -> jax.Array:
+    """dynamic_table()[codes], of which those below the zero, 127, mirror those above, and the last is by itself."""
+    above = codes.astype(jnp.int32) - 127
+    size = selected(jnp.abs(above), dynamic_table()[127:255])
+    return jnp.where(above < 0, -size, jnp.where(above == 128, np.float32(1), size))
 
 
 def _kept(xp: Any, blocks: int, outputs: int) -> Any:

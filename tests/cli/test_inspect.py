@@ -64,7 +64,7 @@ def data(place: Path) -> Path:
             f'stage_type = "{kind}"',
             *(f"{k} = {json.dumps(v)}" for k, v in given.items()),
         ]
-    (place / "whole.toml").write_text("\n".join(lines) + "\n")
+    (place / "chain_of_all.toml").write_text("\n".join(lines) + "\n")
     return place
 
 
@@ -90,7 +90,7 @@ def modelled(place: Path) -> Callable[..., str]:
 
 
 def test_every_stage_is_shown_in_turn(ntjax: Ntjax, data: Path) -> None:
-    ended = looked(ntjax, "whole.toml", "--stage", "all", "--rows", "1")
+    ended = looked(ntjax, "chain_of_all.toml", "--stage", "all", "--rows", "1")
     assert ended.code == 0, ended.err
     names = [f"{kind}_stage:" for kind in ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")]
     assert [line for line in ended.out.splitlines() if line in names] == names
@@ -102,16 +102,16 @@ def test_every_stage_is_shown_in_turn(ntjax: Ntjax, data: Path) -> None:
 
 
 def test_lines_of_several_stages_say_which(ntjax: Ntjax, data: Path) -> None:
-    ended = looked(ntjax, "whole.toml", "--stage", "all", "--rows", "1", "--json")
+    ended = looked(ntjax, "chain_of_all.toml", "--stage", "all", "--rows", "1", "--json")
     assert ended.code == 0, ended.err
     rows = [json.loads(line) for line in ended.out.splitlines()]
     assert [row["stage"] for row in rows].count("dpo_stage") == 2
-    alone = looked(ntjax, "whole.toml", "--stage", "sft", "--rows", "1", "--json")
+    alone = looked(ntjax, "chain_of_all.toml", "--stage", "sft", "--rows", "1", "--json")
     assert list(json.loads(alone.out)) == ["tokens", "text", "mask", "truncated"]
 
 
 def test_prompts_are_shown_with_what_rewards_get(ntjax: Ntjax, data: Path) -> None:
-    ended = looked(ntjax, "whole.toml", "--stage", "grpo", "--rows", "1")
+    ended = looked(ntjax, "chain_of_all.toml", "--stage", "grpo", "--rows", "1")
     assert ended.code == 0, ended.err
     assert "<|im_start|>user\n0 + 2?<|im_end|>\n<|im_start|>assistant\n" in ended.out
     assert "0 learned (asks.jsonl:1)" in ended.out
@@ -119,7 +119,7 @@ def test_prompts_are_shown_with_what_rewards_get(ntjax: Ntjax, data: Path) -> No
 
 
 def test_what_was_cut_off_is_shown(ntjax: Ntjax, data: Path) -> None:
-    ended = looked(ntjax, "whole.toml", "--stage", "sft", "datasets.sft.max_length=50", "--rows", "2")
+    ended = looked(ntjax, "chain_of_all.toml", "--stage", "sft", "datasets.sft.max_length=50", "--rows", "2")
     assert ended.code == 0, ended.err
     (cut,) = re.findall(r"~~(.*?) \.\.\.~~", ended.out, re.S)
     tokenizer = tiny_tokenizer()
@@ -128,7 +128,7 @@ def test_what_was_cut_off_is_shown(ntjax: Ntjax, data: Path) -> None:
 
 
 def test_colours_are_for_terminals(ntjax: Ntjax, data: Path) -> None:
-    args = "whole.toml", "--stage", "sft", "datasets.sft.max_length=50"
+    args = "chain_of_all.toml", "--stage", "sft", "datasets.sft.max_length=50"
     coloured = looked(ntjax, *args, env=COLOUR)
     assert coloured.code == 0, coloured.err
     assert "\x1b[1;32mIt is blue.<|im_end|>" in coloured.out  # bold green
@@ -225,7 +225,7 @@ def test_a_text_that_begins_twice(refused: Callable[..., str], place: Path) -> N
 
 def test_conversations_without_a_template(ntjax: Ntjax, data: Path, place: Path) -> None:
     tiny_model(place / "untaught", template=None)
-    ended = looked(ntjax, "whole.toml", "--stage", "sft", "model.model_name_or_path=untaught")
+    ended = looked(ntjax, "chain_of_all.toml", "--stage", "sft", "model.model_name_or_path=untaught")
     assert ended.code == 78
     assert "has no chat template" in ended.err
 
@@ -233,13 +233,13 @@ def test_conversations_without_a_template(ntjax: Ntjax, data: Path, place: Path)
 def test_what_does_no_harm_is_a_note(ntjax: Ntjax, data: Path, modelled: Callable[..., str]) -> None:
     """Padding with the end token, which is learned all the same; marks in pieces before an end that is a token."""
     padded = modelled("padded", pad_token="<|im_end|>")
-    ended = looked(ntjax, "whole.toml", "--stage", "sft", f"model.model_name_or_path={padded}")
+    ended = looked(ntjax, "chain_of_all.toml", "--stage", "sft", f"model.model_name_or_path={padded}")
     assert ended.code == 0, ended.err
     assert "note: '<|im_end|>' ends and pads" in ended.out
     assert "[[It is blue.<|im_end|>" in ended.out
     zephyr = CHATML.replace("<|im_start|>", "<|turn|>")
     ended = looked(
-        ntjax, "whole.toml", "--stage", "sft", f"model.model_name_or_path={modelled('zephyr', zephyr)}"
+        ntjax, "chain_of_all.toml", "--stage", "sft", f"model.model_name_or_path={modelled('zephyr', zephyr)}"
     )
     assert ended.code == 0, ended.err
     assert re.search(
@@ -247,7 +247,7 @@ def test_what_does_no_harm_is_a_note(ntjax: Ntjax, data: Path, modelled: Callabl
     )
     elsewhere = modelled("elsewhere", eos_token="</s>")
     (data / "elsewhere" / "generation_config.json").unlink(missing_ok=True)
-    ended = looked(ntjax, "whole.toml", "--stage", "grpo", f"model.model_name_or_path={elsewhere}")
+    ended = looked(ntjax, "chain_of_all.toml", "--stage", "grpo", f"model.model_name_or_path={elsewhere}")
     assert ended.code == 0, ended.err
     assert "note: turns end with '<|im_end|>', but completions only at '</s>'" in ended.out
 
@@ -258,6 +258,6 @@ def test_templates_that_are_sound_pass(
 ) -> None:
     names = {CHATML: "chatml", GENERATION: "generation", THINKING: "thinking"}
     model = modelled(names[template], template)
-    ended = looked(ntjax, "whole.toml", "--stage", "sft", f"model.model_name_or_path={model}")
+    ended = looked(ntjax, "chain_of_all.toml", "--stage", "sft", f"model.model_name_or_path={model}")
     assert ended.code == 0, ended.err
     assert "note: " not in ended.out

@@ -236,11 +236,11 @@ def test_rewards_asked_about_parts_of_a_window_make_no_difference(
         "steps_per_generation": 3,
     }
     parts = {**whole, "reward_batch_size": 8}
-    for task, stage, calls in (("whole", whole, ["12"] * 2), ("parts", parts, ["8", "4"] * 2)):
+    for task, stage, calls in (("at_once", whole, ["12"] * 2), ("in_parts", parts, ["8", "4"] * 2)):
         (place / "calls").write_text("")
         assert ntjax("train", "--config", asked(task, stage)).code == 0
         assert (place / "calls").read_text().split()[1:] == calls  # the first is on two rows, to try it out
-    one, other = latest("whole") / "grpo_stage", latest("parts") / "grpo_stage"
+    one, other = latest("at_once") / "grpo_stage", latest("in_parts") / "grpo_stage"
     assert completions(one) == completions(other)
     assert without_speed(one) == without_speed(other)
 

@@ -77,8 +77,8 @@ def generated(result: Result) -> list[dict[str, Any]]:
 def test_generate_takes_the_likeliest_tokens(ntjax: Callable[..., Result], place: Path, whole: Path) -> None:
     """A prompt alone is completed as it is among others, of other lengths, and as it was before."""
     model = "generate", "--model", whole / "sft_stage", "--max-new-tokens", "12"
-    write_rows(place / "asked.jsonl", [{"prompt": text} for text in ("What is sea 0?", "One two three", "?")])
-    rows = generated(ntjax(*model, "--prompts", "asked.jsonl", "--json"))
+    write_rows(place / "texts.jsonl", [{"prompt": text} for text in ("What is sea 0?", "One two three", "?")])
+    rows = generated(ntjax(*model, "--prompts", "texts.jsonl", "--json"))
     assert [row["prompt"] for row in rows] == ["What is sea 0?", "One two three", "?"]
     for row in rows:
         assert list(row)[:4] == ["prompt", "completion", "tokens", "logprobs"]
@@ -139,8 +139,8 @@ def test_inspect_shows_both_documents_of_a_pair(
     ntjax: Callable[..., Result], place: Path, config: Callable[..., Path]
 ) -> None:
     row = {"prompt": "What is the sea?", "chosen": " It is blue.", "rejected": " It is 7."}
-    write_rows(place / "preferences.jsonl", [row])
-    dataset = {"dataset_path": "preferences.jsonl", "max_length": 64}
+    write_rows(place / "one_pair.jsonl", [row])
+    dataset = {"dataset_path": "one_pair.jsonl", "max_length": 64}
     args = "inspect", "--config", config("pairs", {"stage_type": "dpo"}, dataset=dataset)
     plain, as_json = ntjax(*args), ntjax(*args, "--json")
     assert (plain.code, as_json.code) == (0, 0), plain.err + as_json.err

@@ -56,7 +56,7 @@ DRAWING = {
     "per_device_train_batch_size": 4,
     "num_generations": 4,
     "max_completion_length": 8,
-    "reward_function": ["rewards.py:letters", "rewards.py:columns"],
+    "reward_function": ["seen_rewards.py:letters", "rewards.py:columns"],
 }
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"freeze": ["vision_tower"], "learning_rates": {"projector": 1e-2}},
@@ -65,7 +65,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "ppo": {
         "per_device_train_batch_size": 4,
         "response_length": 8,
-        "reward_function": ["rewards.py:letters"],
+        "reward_function": ["seen_rewards.py:letters"],
         "num_mini_batches": 2,
     },
 }
@@ -96,7 +96,7 @@ def gallery(place: Path) -> Path:
     for name, kind in {"sft": sft, "pairs": pairs, "prompts": prompts}.items():
         write_rows(place / f"seen_{name}.jsonl", kind)
     (place / "seeing").mkdir(exist_ok=True)
-    (place / "rewards.py").write_text(REWARDS)
+    (place / "seen_rewards.py").write_text(REWARDS)
     return place
 
 
