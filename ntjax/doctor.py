@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ntjax import errors
+from ntjax.compiling import FRACTION, TPU_ARGS, defaults, keep_compiled, set_defaults
 from ntjax.errors import ConfigError
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -23,8 +24,9 @@ STYLES = {OK: "green", NOTE: "yellow", PROBLEM: "bold red"}
 SHOWN = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain")
 EXTRAS = {"cuda": "NVIDIA GPUs", "tpu": "TPUs"}  # they matter where such devices are
 NVIDIA, TPU = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/version"), ("/dev/accel*", "/dev/vfio/[0-9]*")
-FRACTION, PREALLOCATE = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"
-SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS", PREALLOCATE, FRACTION)
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+SETTINGS = ("JAX_PLATFORMS", "XLA_FLAGS", TPU_ARGS, PREALLOCATE, FRACTION)
+ADDED = {FRACTION: "GPUs, which it takes whole", TPU_ARGS: "TPUs"}
 PATIENCE = 3.0  # seconds the hub has to answer
 ROOM = 10 * 2**30  # bytes of disk below which a run may not have room for its checkpoints
 
@@ -128,17 +130,17 @@ def _version(name: str) -> str | None:
 
 
 def settings() -> Iterator[Finding]:
-    """What the environment tells JAX, and what `ntjax.train` adds."""
+    """What the environment tells JAX and XLA, and what `ntjax.train` adds."""
     said = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     yield Finding("environment", OK, ", ".join(said) or "nothing is set for JAX")
-    if FRACTION not in os.environ:
-        yield Finding("environment", OK, f"train sets {FRACTION}=0.92: a GPU is taken whole")
+    for name, value in defaults().items():
+        yield Finding("environment", OK, f"train adds {name}={value}, for {ADDED[name]}")
 
 
 def devices() -> Iterator[Finding]:
     """What JAX sees, what it should see, how fast it multiplies, and its attention kernel."""
-    os.environ.setdefault(FRACTION, "0.92")  # as `ntjax.train` does; nothing of it is taken beforehand
-    os.environ.setdefault(PREALLOCATE, "false")
+    set_defaults()
+    os.environ.setdefault(PREALLOCATE, "false")  # of what training takes, nothing beforehand
     import jax
 
     from ntjax.ops.attention import chosen
@@ -205,8 +207,6 @@ def host() -> Iterator[Finding]:
 def cache() -> Iterator[Finding]:
     """The folder of compiled programs."""
     import jax
-
-    from ntjax.train import keep_compiled
 
     keep_compiled("auto")
     told: Any = jax.config

@@ -81,9 +81,10 @@ def main(argv: Sequence[str]) -> None:
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"  # what is here has no part in it
 
+    from ntjax.compiling import keep_compiled, set_defaults
     from ntjax.estimate.target import target
-    from ntjax.train import keep_compiled
 
+    set_defaults()
     keep_compiled(config.compile_cache)
     devices = target(args.topology)
     plan = Plan(config, devices, quiet=args.json)

@@ -91,8 +91,9 @@ def run(
     found = configured(config, overrides)
 
     from ntjax import pipeline
-    from ntjax.train import keep_compiled
+    from ntjax.compiling import keep_compiled, set_defaults
 
+    set_defaults()
     keep_compiled(found.compile_cache)
     with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
         folder = pipeline.run(found, resume=None if resume is None else str(resume), stages=stages)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from ntjax import errors
+from ntjax.compiling import keep_compiled, set_defaults
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,8 +47,7 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(args.config, overrides)
     if config.model.device != "auto":
         os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(config.model.device, config.model.device)
-    # Of a GPU's memory; JAX's own default of 0.75 is for programs that share one. `ntjax.plan` counts on it.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    set_defaults()
 
     from dataclasses import asdict
 
@@ -61,20 +61,6 @@ def main(argv: Sequence[str]) -> None:
     stages = [name.strip() for name in args.stages.split(",") if name.strip()]
     run(config, resume=resume, stages=stages, allow_changed=args.allow_changed)
     hosts.part()
-
-
-def keep_compiled(folder: str) -> None:
-    """Compiled programs are kept in `folder` ("auto": the user's cache, "none": nowhere) and found there by later runs;
-    JAX_COMPILATION_CACHE_DIR goes before it."""
-    from pathlib import Path
-
-    import jax
-
-    if folder == "none":
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ntjax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache if folder == "auto" else Path(folder)))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,10 @@ class Turned(FourBit):
         for k in range(1, nested.shape[-2]):
             scale = jnp.where(kept == k, nested[..., k : k + 1, :], scale)
         # As in FourBit: a product and a sum, rounded one by one.
-        return jnp.maximum(_dynamic(self.absmax) * scale, np.finfo(np.float32).min) + self.offset[..., None, None, None]
+        return (
+            jnp.maximum(_dynamic(self.absmax) * scale, np.finfo(np.float32).min)
+            + self.offset[..., None, None, None]
+        )
 
 
 def turned(w: FourBit, inputs: int) -> FourBit:
