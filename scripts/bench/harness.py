@@ -113,6 +113,8 @@ def main(
         row, _, who = args.contestant.partition("/")
         print(json.dumps(_one(next(one for one in rows if one.name == row).contestants[who], args)))
         return
+    if not args.toy and "model" in args and not (args.model / "config.json").exists():
+        parser.error(f"there is no model in {args.model}: scripts/demo leaves one there, --toy does without")
     head = {"command": f"python scripts/bench/{name}.py", "date": f"{datetime.date.today()}"}
     head |= {"machine": machine(env.get("JAX_PLATFORMS") != "cpu"), "versions": versions(packages)}
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **env}  # torch's idle threads would spin
