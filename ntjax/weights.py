@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ntjax import narrow
 from ntjax.mesh import FSDP
 from ntjax.quantised import EightBit, FourBit
 from ntjax.turned import Turned
@@ -230,8 +231,7 @@ class Adapted:
             dropped = jnp.where(keep, rows / (1 - self.rate), 0).astype(rows.dtype)
         a = _matrix(self.a, 1, rows.dtype)
         b = _matrix(self.b, split, rows.dtype)
-        low = jnp.einsum("NI,rI->Nr", dropped, a)
-        delta = jnp.einsum("Nr,Or->NO", low, b) * self.scale.astype(rows.dtype)
+        delta = narrow.product(narrow.product(dropped, a), b) * self.scale.astype(rows.dtype)
         y = product(rows, self.base, split)
         if self.magnitude is None:
             return y + delta
@@ -274,14 +274,14 @@ def product(rows: jax.Array, w: Any, split: int) -> jax.Array:
     if isinstance(w, FourBit | EightBit):
         # The backward pass dequantises again: kept for it, the weights of all layers would stand there in full.
         return jax.checkpoint(partial(_by_codes, split=split))(rows, w)
-    return jnp.einsum("NI,OI->NO", rows, _matrix(w, split, rows.dtype))
+    return narrow.product(rows, _matrix(w, split, rows.dtype))
 
 
 def _by_codes(rows: jax.Array, w: FourBit | EightBit, split: int) -> jax.Array:
     """`product` with a weight in 4 or 8 bits."""
     if isinstance(w, Turned):
         return w.product(rows)
-    return jnp.einsum("NI,OI->NO", rows, _matrix(w.dense(rows.dtype), split, rows.dtype))
+    return narrow.product(rows, _matrix(w.dense(rows.dtype), split, rows.dtype))
 
 
 def dense(w: Any, dtype: Any) -> jax.Array:
