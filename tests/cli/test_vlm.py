@@ -56,7 +56,7 @@ DRAWING = {
     "per_device_train_batch_size": 4,
     "num_generations": 4,
     "max_completion_length": 8,
-    "reward_function": ["seen_rewards.py:letters", "rewards.py:columns"],
+    "reward_function": ["seen_rewards.py:letters", "seen_rewards.py:columns"],
 }
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {"freeze": ["vision_tower"], "learning_rates": {"projector": 1e-2}},
