@@ -145,19 +145,21 @@ class Plan:
     def _compiled(self, config: Config, number: int, only: str | None = None) -> list[Estimate]:
         from ntjax.estimate.measure import estimate
         from ntjax.estimate.programs import Programs
+        from ntjax.narrow import traced_for
 
         stage, found = config.stages[number], []
         programs = Programs(config, stage, self.hf[number], self.layout(config))
-        for program in programs:
-            key = f"{program.name} {stage} {config.mesh} {config.model}"
-            if key not in self.known:
-                self.tell(f"{stage.stage_name}: compiling {program.name}", end="")
-                began = time.perf_counter()
-                self.known[key] = estimate(programs, program, self.target)
-                self.tell(f" {time.perf_counter() - began:.0f} s")
-            found.append(self.known[key])
-            if program.name == only:
-                break
+        with traced_for(self.target.platform):
+            for program in programs:
+                key = f"{program.name} {stage} {config.mesh} {config.model}"
+                if key not in self.known:
+                    self.tell(f"{stage.stage_name}: compiling {program.name}", end="")
+                    began = time.perf_counter()
+                    self.known[key] = estimate(programs, program, self.target)
+                    self.tell(f" {time.perf_counter() - began:.0f} s")
+                found.append(self.known[key])
+                if program.name == only:
+                    break
         return found
 
     def tell(self, text: str, end: str = "\n") -> None:

@@ -29,6 +29,10 @@ def both(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
     return y, *back(dy)
 
 
+def compiled(*given: jax.Array) -> list[str]:
+    return jax.jit(both).lower(*given).compile().as_text().splitlines()
+
+
 @pytest.fixture(params=[True, False], ids=["with instructions", "without"])
 def fitted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(narrow, "fitted", lambda: request.param)
@@ -58,10 +62,6 @@ def test_programs_for_other_platforms_have_nothing_of_it(monkeypatch: pytest.Mon
         assert not narrow.fitted()
     monkeypatch.setattr(narrow, "_instructions", lambda: {"avx512f"})
     assert not narrow.fitted()
-
-
-def compiled(*given: jax.Array) -> list[str]:
-    return jax.jit(both).lower(*given).compile().as_text().splitlines()
 
 
 def test_gradients_through_a_checkpoint_and_a_scan(fitted: bool) -> None:

@@ -14,7 +14,6 @@ from ntjax.estimate.hlo import Program as Text
 from ntjax.estimate.programs import TRAIN, Program, Programs, untuned
 from ntjax.estimate.roofline import SKIPPED, Times, times
 from ntjax.estimate.target import Target, answering
-from ntjax.narrow import traced_for
 from ntjax.stages.rollout import RolloutConfig
 
 TEMPORARIES = "gradients, temporaries"
@@ -64,8 +63,7 @@ class Estimate:
 def estimate(programs: Programs, program: Program, target: Target) -> Estimate:
     """Compiles the program. One that the compiler finds too large has what it says, and no more is known of it."""
     layout, chip = programs.layout, target.chip
-    with traced_for(target.platform):
-        work, useful = _work(programs, program.name)
+    work, useful = _work(programs, program.name)
     capacity = target.memory
     told: dict[str, Any] = {
         "program": program.name,
@@ -77,7 +75,7 @@ def estimate(programs: Programs, program: Program, target: Target) -> Estimate:
         "useful": useful,
     }
     try:
-        with answering(), traced_for(target.platform):
+        with answering():
             compiled = program.function.trace(*program.arguments).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         wanted = OUT_OF_MEMORY.search(str(error))
