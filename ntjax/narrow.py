@@ -41,7 +41,12 @@ def traced_for(platform: str) -> Iterator[None]:
 
 def fitted() -> bool:
     """Whether a program that is being traced will run on a processor that multiplies bf16."""
-    return (TARGET.get() or jax.default_backend()) == "cpu" and not INSTRUCTIONS.isdisjoint(_instructions())
+    return target() == "cpu" and not INSTRUCTIONS.isdisjoint(_instructions())
+
+
+def target() -> str:
+    """The platform that a program which is being traced will run on."""
+    return TARGET.get() or jax.default_backend()
 
 
 @cache
@@ -49,6 +54,14 @@ def _instructions() -> frozenset[str]:
     """Of this machine's processor, as Linux names them."""
     info = Path("/proc/cpuinfo")
     return frozenset(info.read_text().split()) if info.exists() else frozenset()
+
+
+def turned(x: jax.Array) -> jax.Array:
+    """x [..., A, B] as [..., B, A], which is also how it lies in memory where products of its dtype want that."""
+    y = x.swapaxes(-1, -2)
+    if x.dtype != jnp.bfloat16 or not fitted():
+        return y
+    return with_layout_constraint(y, Layout(major_to_minor=tuple(range(y.ndim))))
 
 
 def _plain(rows: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -66,8 +79,7 @@ def _forward(rows: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple[jax.A
 
 def _backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows, matrix = kept
-    turned = with_layout_constraint(dy.T, Layout(major_to_minor=(0, 1)))
-    drows, dmatrix = wide("NO,OI->NI", dy, matrix), wide("ON,NI->OI", turned, rows)
+    drows, dmatrix = wide("NO,OI->NI", dy, matrix), wide("ON,NI->OI", turned(dy), rows)
     return drows.astype(rows.dtype), dmatrix.astype(matrix.dtype)
 
 

@@ -30,7 +30,7 @@ ONLY = {
     "weights": {"narrow", "turned", "quantised", "mesh"},
     "layout": {"weights", "turned", "quantised", "params", "mesh", "errors"},
     "metrics": {"errors"},
-    "ops": {"weights", "mesh", "errors", "config.remat"},
+    "ops": {"weights", "narrow", "mesh", "errors", "config.remat"},
     "models": {"ops", "params", "weights", "layout", "mesh", "errors", "marks"},
     "losses": {"errors", "metrics", "ops.logprobs"},
     "data": {"errors", "marks"},

@@ -23,7 +23,7 @@ from ntjax.estimate.target import Target
 from ntjax.layout import Layout
 from ntjax.mesh import DATA, FSDP, SEQUENCE, TENSOR, make_mesh
 from ntjax.models import DecoderConfig
-from ntjax.ops.blocked import BLOCK
+from ntjax.ops.blocked import block
 from ntjax.ops.logprobs import chunk
 from ntjax.stages.base import StageConfig
 
@@ -92,7 +92,7 @@ class Sheet:
             kept.get(remat, sum(named.values())) if isinstance(remat, str) else sum(named[n] for n in remat)
         )
         saved = m.layers * t * c * (m.embed + each)
-        seen = {"xla": self.stage.row_length, "blocked": BLOCK}.get(m.attention, 0)
+        seen = {"xla": self.stage.row_length, "blocked": block(self.stage.row_length)}.get(m.attention, 0)
         layer = t * (c * (6 * m.mlp / tensor + 8 * m.embed + 6 * heads) + 12 * seen * m.heads / tensor)
         of_layer = m.embed * (2 * heads + 2 * kv + 3 * m.mlp / tensor)
         trains = self.trained > 0.01 * self.weights

@@ -7,18 +7,40 @@ named activations under "minimal", and 2 D B T under "full".
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ntjax import narrow
 from ntjax.config.remat import NAMES
+
+INPUT = "input"  # of a layer, where it goes by a name
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
     """x, known to policies as one of `NAMES`."""
     assert name in NAMES, name
-    return checkpoint_name(x, name)
+    return _as_words(x, name) if _by_words(x) else checkpoint_name(x, name)
+
+
+def _by_words(x: jax.Array) -> bool:
+    """Whether x is kept as the words that its numbers are. XLA for CPUs has no bf16: to lay one layer's aside it would
+    turn those of all layers into fp32 and back."""
+    return x.dtype == jnp.bfloat16 and narrow.target() == "cpu"
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _as_words(x: jax.Array, name: str) -> jax.Array:
+    words = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
+    return jax.lax.bitcast_convert_type(words, x.dtype)
+
+
+@_as_words.defjvp
+def _as_words_jvp(name: str, x: tuple[jax.Array], dx: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return _as_words.fun(jax.lax.stop_gradient(x[0]), name), dx[0]
 
 
 def rematerialised(layer: Callable[..., Any], keep: str | tuple[str, ...]) -> Callable[..., Any]:
@@ -30,23 +52,24 @@ def rematerialised(layer: Callable[..., Any], keep: str | tuple[str, ...]) -> Ca
     """
     if keep == "everything":
         return layer
-    return jax.checkpoint(layer, prevent_cse=False, policy=_policy(keep))
+
+    def named_input(x: jax.Array, weights: Any) -> Any:
+        return layer(_as_words(x, INPUT) if _by_words(x) else x, weights)
+
+    return jax.checkpoint(named_input, prevent_cse=False, policy=_policy(keep))
 
 
 def _policy(keep: str | tuple[str, ...]) -> Any:
     policies = jax.checkpoint_policies
-    if keep == "full":
-        return policies.nothing_saveable
-    if keep == "dots":
-        return policies.dots_with_no_batch_dims_saveable
     if keep == "offload":
         return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
+            names_which_can_be_saved=[INPUT],
             names_which_can_be_offloaded=list(NAMES),
             offload_src="device",
             offload_dst="pinned_host",
         )
-    named = policies.save_only_these_names(*(NAMES if keep in ("none", "minimal") else keep))
-    if keep == "none":
+    names = NAMES if keep in ("minimal", "none") else () if keep in ("full", "dots") else keep
+    named = policies.save_only_these_names(INPUT, *names)
+    if keep in ("dots", "none"):
         return policies.save_from_both_policies(named, policies.dots_with_no_batch_dims_saveable)
     return named
