@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 
 
-def some(cases: Iterable[Any], kept: Collection[Any]) -> list[Any]:
-    """All cases, those that aren't `kept` marked as more of the same."""
-    return [case if case in kept else pytest.param(case, marks=pytest.mark.more) for case in cases]
+def some(cases: Iterable[Any], kept: Collection[Any], slow: Collection[Any] = ()) -> list[Any]:
+    """All cases, the `slow` ones left to CI and those that are neither they nor `kept` marked as more of the same."""
+
+    def marked(case: Any) -> Any:
+        if case in kept:
+            return case
+        return pytest.param(case, marks=pytest.mark.slow if case in slow else pytest.mark.more)
+
+    return [marked(case) for case in cases]

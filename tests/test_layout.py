@@ -122,10 +122,11 @@ def check(ours: list[dict[str, Any]], one: list[dict[str, Any]]) -> None:
 
 
 ALL = [(kind, mesh) for kind in STAGES for mesh in MESHES]
-FEW = [("sft", mesh) for mesh in MESHES] + [(kind, "zero 3 over 2, tensor 2, sequence 2") for kind in STAGES]
+FEW = [("sft", mesh) for mesh in MESHES]
+SLOW = [(kind, "zero 3 over 2, tensor 2, sequence 2") for kind in STAGES]
 
 
-@pytest.mark.parametrize("case", some(ALL, FEW), ids=lambda case: " ".join(case))
+@pytest.mark.parametrize("case", some(ALL, FEW, SLOW), ids=lambda case: " ".join(case))
 def test_ten_steps_are_those_of_one_device(case: tuple[str, str], train: Train) -> None:
     kind, mesh = case
     check(train(kind, MESHES[mesh]), train(kind, None))
@@ -135,7 +136,7 @@ LORA = {"use_lora": True, "lora_config": {"target_modules": "all-linear", "r": 4
 ADAPTED = {"lora": LORA, "4 bits": LORA | {"load_in_4bit": True}, "8 bits": LORA | {"load_in_8bit": True}}
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", some(ADAPTED, ["4 bits"], ADAPTED))
 def test_adapters_and_quantised_weights_lie_by_the_same_rules(name: str, train: Train) -> None:
     mesh = MESHES["zero 3 over 2, tensor 2, sequence 2"]
     check(train("sft", mesh, **ADAPTED[name]), train("sft", None, **ADAPTED[name]))
@@ -144,6 +145,15 @@ def test_adapters_and_quantised_weights_lie_by_the_same_rules(name: str, train: 
 def test_time_that_does_not_divide_is_padded(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STAGES, "odd", {"stage_type": "sft", "packing": True, "max_length": 63})
     check(train("odd", {"sequence": 8}), train("odd", None))
+
+
+def test_bf16_is_computed_on_parts_of_rows(train: Train) -> None:
+    """XLA for CPUs ends the process over a sum of bf16 across devices."""
+    ours, one = (
+        [line["loss"] for line in train("sft", mesh, dtype="bfloat16")]
+        for mesh in (MESHES["sequence 2"], None)
+    )
+    assert ours == pytest.approx(one, rel=2e-3)
 
 
 def compiled(zero: int, remat: str = "full") -> tuple[Any, int]:

@@ -129,12 +129,12 @@ def check(case: tuple[dict[str, Any], dict[str, Any]], devices: int, train: Trai
 
 
 @pytest.mark.parametrize("devices", some([1, 4], [4]))
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES, ["sft", "sft, lora"], CASES))
 def test_a_run_is_what_it_is_without(name: str, devices: int, train: Train) -> None:
     check(CASES[name], devices, train)
 
 
-@pytest.mark.parametrize("name", some(MORE, ["sft, 4 bits, double", "grpo, lora"]))
+@pytest.mark.parametrize("name", some(MORE, ["sft, 4 bits, double"], ["grpo, lora"]))
 def test_so_are_all_the_ways_in_which_weights_are_used(name: str, train: Train) -> None:
     check(MORE[name], 2, train)
 

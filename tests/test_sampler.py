@@ -152,6 +152,7 @@ def test_on_eight_devices_it_draws_the_same(sizes: dict[str, int]) -> None:
     same(eight, complete(PROMPTS * 4, FREE, seed=2, group=2))
 
 
+@pytest.mark.slow
 def test_a_loop_over_the_layers_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     unrolled = complete(PROMPTS * 4, FREE, seed=2, group=2, looped=False)
     same(complete(PROMPTS * 4, FREE, seed=2, group=2, looped=True), unrolled, atol=1e-5)

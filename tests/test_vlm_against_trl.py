@@ -148,12 +148,11 @@ SFT: dict[str, tuple[str, type, tuple[str, ...], Row]] = {
     "qwen": ("qwen", WeightedSFT, (), {}),
     "zero 3 and rings": ("qwen", WeightedSFT, (), {"mesh": {"fsdp": 4, "sequence": 2}, **DOUBLE}),
 }
-SLOW = SFT.keys() - {"two rates"}  # left to CI
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SFT],
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in SFT],
 )
 def sft(request: pytest.FixtureRequest) -> Done:
     family, kind, still, settings = SFT[request.param]

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from ntjax import narrow
 from ntjax.errors import ConfigError
 from ntjax.mesh import ROWS, SEQUENCE, TENSOR
 from ntjax.ops.remat import named
@@ -76,10 +77,13 @@ def across(keys: Tokens, k: jax.Array, v: jax.Array) -> tuple[Tokens, jax.Array,
     """The keys and values [B, S, K, h] of whole rows, of which the devices along `sequence` have a part each.
 
     All of them are fetched at once (arXiv:2407.21783, 3.3.2): with grouped queries they are few beside the queries,
-    which stay where they are, and packed rows need no other mask.
+    which stay where they are, and packed rows need no other mask. On CPUs they travel as fp32: XLA for CPUs can't sum
+    bf16, as their gradients are, over devices.
     """
     gather = partial(jax.lax.all_gather, axis_name=SEQUENCE, axis=1, tiled=True)
-    return jax.tree.map(gather, keys), gather(k), gather(v)
+    travelling = jnp.float32 if narrow.target() == "cpu" else k.dtype
+    whole_k, whole_v = (gather(x.astype(travelling)).astype(x.dtype) for x in (k, v))
+    return jax.tree.map(gather, keys), whole_k, whole_v
 
 
 class Kept(NamedTuple):

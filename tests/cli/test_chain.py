@@ -85,7 +85,7 @@ def test_a_stage_starts_from_the_one_before_and_dpo_not_from_the_reward_model(un
 # A stage of one is broken off in test_resume.py: what is special to a chain is seen in its later stages.
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=() if kind == "reward" else pytest.mark.more) for kind in STAGES],
+    [pytest.param(kind, marks=pytest.mark.slow if kind == "reward" else pytest.mark.more) for kind in STAGES],
 )
 def test_killed_in_any_stage_it_goes_on_there_to_the_very_same_end(
     kind: str,

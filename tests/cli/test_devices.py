@@ -33,6 +33,7 @@ def test_eight_devices_lose_what_one_does_and_one_takes_over(
     assert losses(stages["eight"]) == pytest.approx(losses(stages["one"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_deepspeed_file_sets_the_mesh_and_offloads(
     place: Path, ntjax: Callable[..., Result], config: Callable[..., Path], latest: Callable[[str], Path]
 ) -> None:

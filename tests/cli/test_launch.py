@@ -20,8 +20,7 @@ ROOT = Path(__file__).parents[2]
 MOST = 15  # seconds from a fault to the end of every process
 TIMEOUTS = {"timeouts.start": 60, "timeouts.heartbeat": 5, "timeouts.step": 8, "timeouts.save": 8}
 SETTINGS = {"max_steps": 12, "save_steps": 4, "per_device_train_batch_size": 1}
-CHEAP = ("kill", 1, 9)  # in the fast run; the others in the slow one
-KILLS = [("kill", 0, 1), ("kill", 1, 4), ("kill", 0, 5), ("kill", 1, 8), CHEAP, ("kill", 0, 11)]
+KILLS = [("kill", 0, 1), ("kill", 1, 4), ("kill", 0, 5), ("kill", 1, 8), ("kill", 1, 9), ("kill", 0, 11)]
 slow = pytest.mark.slow
 
 
@@ -52,9 +51,8 @@ def together(two: Callable[..., Result], config: Callable[..., Path], latest: Ca
     return latest("together") / "sft_stage"
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param(k, marks=() if k == CHEAP else slow, id=f"{k[1]}-at-{k[2]}") for k in KILLS]
-)
+@slow
+@pytest.mark.parametrize("fault", KILLS, ids=lambda kill: f"{kill[1]}-at-{kill[2]}")
 def test_a_run_that_loses_a_process_comes_to_the_very_same_end(
     fault: tuple[str, int, int],
     two: Callable[..., Result],

@@ -48,6 +48,7 @@ def chain(place: Path) -> str:
     return "plan.json"
 
 
+@pytest.mark.slow
 def test_every_program_of_every_stage_is_in_the_plan(chain: str, ntjax: Run) -> None:
     done = ntjax("plan", "--config", chain, "--json", env=EIGHT)
     assert done.code == 0, done.err

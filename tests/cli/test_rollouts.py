@@ -222,6 +222,7 @@ def test_ahead_of_a_policy_that_stands_still_nothing_is_different(
     assert without_speed(one) == without_speed(other)
 
 
+@pytest.mark.slow
 def test_rewards_asked_about_parts_of_a_window_make_no_difference(
     ntjax: Callable[..., Result],
     asked: Callable[..., Path],

@@ -291,6 +291,7 @@ def whole(train: Callable[..., Path]) -> Callable[[Family], Path]:
     return cache(lambda family: train(f"seen_one_{family}", family, ONE) / "sft_stage")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_shows_the_same_images(
     ntjax: Callable[..., Result], whole: Callable[[Family], Path], gallery: Path
 ) -> None:
