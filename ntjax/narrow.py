@@ -21,7 +21,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 INSTRUCTIONS = {"amx_bf16", "avx512_bf16"}
 TARGET: ContextVar[str | None] = ContextVar("target", default=None)
-wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
+wide = partial(jnp.einsum, preferred_element_type=jnp.float32)  # sums and result are fp32
 
 
 def product(rows: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -128,10 +128,10 @@ def continued(
     rows, _, heads, head_dim = q.shape
     count, kv_heads, time, _ = kept.prompt[0].shape
     together = q.reshape(count, rows // count, kv_heads, -1, head_dim).swapaxes(1, 2)
-    shared = jnp.einsum("PKRGh,PKTh->PKRGT", together, kept.prompt[0], preferred_element_type=jnp.float32)
+    shared = narrow.wide("PKRGh,PKTh->PKRGT", together, kept.prompt[0])
     shared = shared.swapaxes(1, 2).reshape(rows, kv_heads, -1, time)
     grouped = q.reshape(rows, kv_heads, -1, head_dim)
-    alone = jnp.einsum("RKGh,RKSh->RKGS", grouped, kept.own[0], preferred_element_type=jnp.float32)
+    alone = narrow.wide("RKGh,RKSh->RKGS", grouped, kept.own[0])
     each = jax.tree.map(lambda x: jnp.repeat(x, rows // count, axis=0), prompts)
     seen = jnp.concatenate([visible(queries, each, window), visible(queries, own, window)], axis=-1)
     scores = jnp.concatenate([shared, alone], axis=-1) * head_dim**-0.5
@@ -150,7 +150,7 @@ def plain(
     """`attention` that holds all scores, [B, K, G, T, S], and their softmax for the backward pass."""
     batch, time, heads, head_dim = q.shape
     grouped = q.reshape(batch, time, k.shape[2], -1, head_dim)
-    scores = jnp.einsum("BTKGh,BSKh->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    scores = narrow.wide("BTKGh,BSKh->BKGTS", grouped, k)
     seen = visible(queries, keys, window)[:, None, None]
     scores = jnp.where(seen, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ntjax import narrow
-from ntjax.narrow import wide
+from ntjax.narrow import turned, wide
 from ntjax.ops.attention import Tokens, visible
 from ntjax.ops.remat import named
 
@@ -40,16 +39,15 @@ def blocked(
 ) -> jax.Array:
     """`attention`. What the backward pass needs, the sums too, is named "attention" (`ops.remat`).
 
-    Rows that fit one block, as when sampling, are left to `plain`.
+    Rows of up to `BLOCK` tokens, as when sampling, are left to `plain`.
     """
     batch, time, heads, head_dim = q.shape
     if max(time, k.shape[1]) <= BLOCK:
-        raise NotImplementedError("one block is the plain attention")
-    group = heads // k.shape[2]
+        raise NotImplementedError("short rows are for the plain attention")
     # What fills the last blocks is of no document: it sees nothing and isn't seen, and is cut off.
     prefixes = None if queries.prefixes is None else _split(queries.prefixes, -1)
     blocks = Blocks(
-        _by_heads(_split(q.reshape(batch, time, -1, group, head_dim))),
+        _by_heads(_split(q.reshape(batch, time, k.shape[2], -1, head_dim))),
         _by_heads(_split(k)),
         _by_heads(_split(v)),
         Tokens(_split(queries.positions), _split(queries.segments, -1), prefixes),
@@ -132,9 +130,9 @@ def _backward(window: int | None, kept: tuple, d_y: jax.Array) -> tuple[Blocks]:
                 probs = jnp.exp(jnp.where(seen[:, None, :, None], scores, LEAST) - z[:, :, None])
                 d_probs = wide("BKsh,BKGth->BKsGt", v, g)
                 d_scores = (probs * (d_probs - share[:, :, None]) * q.shape[-1] ** -0.5).astype(q.dtype)
-                turned = narrow.turned(d_scores.reshape(*d_scores.shape[:3], -1))
+                by_queries = turned(d_scores.reshape(*d_scores.shape[:3], -1))
                 return (
-                    d_q + wide("BKqs,BKsh->BKqh", turned, k).reshape(q.shape),
+                    d_q + wide("BKqs,BKsh->BKqh", by_queries, k).reshape(q.shape),
                     d_k + wide("BKsGt,BKGth->BKsh", d_scores, q),
                     d_v + wide("BKsGt,BKGth->BKsh", probs.astype(g.dtype), g),
                 )

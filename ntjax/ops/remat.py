@@ -7,7 +7,6 @@ named activations under "minimal", and 2 D B T under "full".
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -32,15 +31,17 @@ def _by_words(x: jax.Array) -> bool:
     return x.dtype == jnp.bfloat16 and narrow.target() == "cpu"
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _as_words(x: jax.Array, name: str) -> jax.Array:
+def _named_words(x: jax.Array, name: str) -> jax.Array:
     words = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
     return jax.lax.bitcast_convert_type(words, x.dtype)
 
 
+_as_words = jax.custom_jvp(_named_words, nondiff_argnums=(1,))  # words have no gradient; x has its own
+
+
 @_as_words.defjvp
 def _as_words_jvp(name: str, x: tuple[jax.Array], dx: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return _as_words.fun(jax.lax.stop_gradient(x[0]), name), dx[0]
+    return _named_words(*x, name), *dx
 
 
 def rematerialised(layer: Callable[..., Any], keep: str | tuple[str, ...]) -> Callable[..., Any]:
