@@ -200,7 +200,7 @@ def test_a_run_with_a_function_as_its_reward(folder: Path, here: Path) -> None:
     assert len(run.metrics()) == 1
     for line in run.completions():
         assert line["rewards"]["scores_letters"] == scores_letters([], [line["completion"]])[0]
-    assert [path.name.rpartition("_")[0] for path in (here / "cells").iterdir()] == ["scores_letters"]
+    assert [path.name.rpartition("_")[0] for path in (here / "cells").glob("*.py")] == ["scores_letters"]
 
 
 @pytest.mark.parametrize(
