@@ -14,6 +14,7 @@ from flax import nnx
 from ntjax.models.decoder import Context, Decoder, DecoderConfig
 from ntjax.ops.activations import ACTIVATIONS, known
 from ntjax.ops.attention import across, attention, continued
+from ntjax.ops.elementwise import shifted
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.remat import named
 from ntjax.ops.rope import rope_from_hf, rotate
@@ -101,7 +102,7 @@ def bias(there: bool, sizes: Mapping[str, int], axes: str, hf: str) -> nnx.Param
 
 def biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
     """y plus its bias, where the layer has one."""
-    return y if bias is None else y + bias.get_value().astype(y.dtype)
+    return y if bias is None else shifted(y, bias.get_value())
 
 
 def config_from_hf(hf: Any) -> DecoderConfig:

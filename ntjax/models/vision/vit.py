@@ -18,6 +18,7 @@ from flax import nnx
 from ntjax.errors import ConfigError
 from ntjax.ops.activations import ACTIVATIONS, known
 from ntjax.ops.attention import Tokens, attention
+from ntjax.ops.elementwise import shifted
 from ntjax.ops.norms import layer_norm
 from ntjax.ops.remat import rematerialised
 from ntjax.params import weight
@@ -116,7 +117,7 @@ class Linear(nnx.Module):
 
     def __call__(self, equation: str, x: jax.Array) -> jax.Array:
         y = einsum(equation, x, self.kernel.get_value())
-        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+        return y if self.bias is None else shifted(y, self.bias.get_value())
 
 
 class Block(nnx.Module):
@@ -191,10 +192,10 @@ class Vit(nnx.Module):
         )
         positions = dense(self.positions.get_value(), x.dtype)
         if config.clip:
-            cls = jnp.broadcast_to(self.cls.get_value().astype(x.dtype), (len(x), 1, config.embed))
-            x = self.norm(jnp.concatenate([cls, x], axis=1) + positions)
+            cls = jnp.broadcast_to(self.cls.get_value(), (len(x), 1, config.embed)).astype(x.dtype)
+            x = self.norm(shifted(jnp.concatenate([cls, x], axis=1), positions))
         else:
-            x = x + self.patch_bias.get_value().astype(x.dtype) + positions
+            x = shifted(shifted(x, self.patch_bias.get_value()), positions)
         graph, layers = nnx.split(self.blocks)
 
         def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
