@@ -90,6 +90,24 @@ def test_an_accelerator_that_jax_does_not_see(tmp_path: Path, monkeypatch: pytes
     assert (one.status, one.fix) == (NOTE, "unset JAX_PLATFORMS")
 
 
+@pytest.mark.parametrize("offered", ["always madvise [never]\n", "[always] madvise never\n", None])
+def test_large_pages_are_pointed_to_where_they_are_for_the_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offered: str | None
+) -> None:
+    offers = tmp_path / "enabled"
+    monkeypatch.setattr(doctor, "LARGE_PAGES", offers)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    if offered:
+        offers.write_text(offered)
+    assert list(doctor.pages("cpu")) == []
+    offers.write_text("always [madvise] never\n")
+    (one,) = doctor.pages("cpu")
+    assert (one.status, one.fix) == (NOTE, "export GLIBC_TUNABLES=glibc.malloc.hugetlb=1")
+    assert list(doctor.pages("gpu")) == []
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert list(doctor.pages("cpu")) == []
+
+
 def test_a_hub_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """It listens and never answers; a hub that answers, with an error too, is there."""
 
