@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +23,10 @@ def drawn(number: int, *shape: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_an_activation_and_its_gradient_are_those_of_fp32_rounded(name):
+def test_an_activation_and_its_gradient_are_those_of_fp32_rounded(name: str) -> None:
     x, dy = drawn(0, *TOKENS, SIZE), drawn(1, *TOKENS, SIZE)
 
-    def both(x, dy):
+    def both(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
         y, pull = jax.vjp(ACTIVATIONS[name], x)
         return y, *pull(dy)
 
@@ -34,7 +36,7 @@ def test_an_activation_and_its_gradient_are_those_of_fp32_rounded(name):
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh"])
-def test_activations_in_bf16_are_torchs(name):
+def test_activations_in_bf16_are_torchs(name: str) -> None:
     torch = pytest.importorskip("torch")
     from transformers.activations import ACT2FN
 
@@ -51,10 +53,12 @@ def test_activations_in_bf16_are_torchs(name):
     [scaled, shifted, lambda x, weight: rms_norm(x, weight, 1e-5)],
     ids=["scaled", "shifted", "norm"],
 )
-def test_the_gradient_of_a_weight_that_all_tokens_share_is_summed_in_fp32(function):
+def test_the_gradient_of_a_weight_that_all_tokens_share_is_summed_in_fp32(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+) -> None:
     x, dy, weight = drawn(0, *TOKENS, SIZE), 1 + drawn(1, *TOKENS, SIZE) / 8, drawn(2, SIZE)
 
-    def gradient(x, dy):
+    def gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.vjp(lambda weight: function(x, weight), weight)[1](dy)[0]
 
     expected = jax.jit(gradient)(x, dy)

@@ -192,6 +192,7 @@ class Vit(nnx.Module):
         )
         positions = dense(self.positions.get_value(), x.dtype)
         if config.clip:
+            # Rounded after it is spread over images: its gradient is summed in its own dtype.
             cls = jnp.broadcast_to(self.cls.get_value(), (len(x), 1, config.embed)).astype(x.dtype)
             x = self.norm(shifted(jnp.concatenate([cls, x], axis=1), positions))
         else:
