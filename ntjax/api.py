@@ -110,7 +110,7 @@ def stepper(
     them, whose arrays are state.params["PATH.lora_A"] and ["PATH.lora_B"]. `settings` are the stage's:
     learning_rate=1e-4, warmup_steps=0; those of rows and of logs have no effect here.
     """
-    from ntjax.trainer import stage_step
+    from ntjax.loop import stage_step
 
     config = model.settled(stage, {**settings, "max_steps": steps}, lora)
     options, layout, join = config.stages[0], model.layout, union

@@ -1,14 +1,8 @@
-"""How weights lie on a mesh, and how a model runs on its parts.
+"""How weights lie on a mesh.
 
 One table of rules names the mesh axis of each axis of a weight; the ZeRO stage (arXiv:1910.02054) says what the
 devices along `fsdp` share out: 1 the optimizer's state, 2 gradients too, 3 weights too. With `offload` matrices, but
 for adapters', lie in the host's memory between uses.
-
-The model itself runs under `shard_map`: each device has its own rows and tokens, and fetches the other parts of a
-weight where the weight meets an activation (`weights.Parted`), so that the collectives are those that are written
-down: gathers of weights, their transposes for gradients, nothing for activations. Only `tensor` is left to XLA, which
-finds from the weights' shardings what Megatron writes by hand (arXiv:1909.08053). What comes before and after the
-model, a few numbers a token, is left to XLA too.
 """
 
 from __future__ import annotations
@@ -16,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -24,11 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ntjax.errors import ConfigError
-from ntjax.mesh import AXES, FSDP, HOST, ROWS, SEQUENCE, TENSOR, row_groups
+from ntjax.mesh import AXES, FSDP, HOST, SEQUENCE, TENSOR, row_groups
 from ntjax.params import Params, Spec, Specs
 from ntjax.quantised import EightBit, FourBit, in_words
 from ntjax.turned import Turned, turned
-from ntjax.weights import Adapted, Parted, whole
+from ntjax.weights import Adapted, whole
 
 # Axis of a weight -> axis of the mesh.
 RULES: Mapping[str, str] = {
@@ -38,7 +31,6 @@ RULES: Mapping[str, str] = {
     "kv_heads": TENSOR,
     "mlp": TENSOR,
 }
-MANUAL = (*ROWS, SEQUENCE)  # the axes that the model is written for
 
 
 @dataclass(frozen=True)
@@ -70,27 +62,6 @@ class Layout:
     def sequence(self) -> int:
         """Into how many parts a row's tokens are split."""
         return self.mesh.shape[SEQUENCE]
-
-    @cached_property
-    def ring(self) -> int:
-        """How many devices along `fsdp` gather first (`weights.Parted`): the neighbours along a dimension of a TPU's
-        slice of two or three, where all at once would be compiled to sums over all devices, which send twice as
-        much."""
-        devices, count = self.mesh.devices.flat, self.mesh.shape[FSDP]
-        if devices[0].platform != "tpu" or count < self.mesh.size:
-            return 1
-        extents = [len(set(along)) for along in zip(*(device.coords for device in devices), strict=True)]
-        if sum(extent > 1 for extent in extents) < 2:
-            return 1
-        ring = next(
-            n for n, a, b in zip(extents, devices[0].coords, devices[1].coords, strict=True) if a != b
-        )
-        return ring if count % ring == 0 else 1
-
-    @cached_property
-    def parallel(self) -> bool:
-        """Whether rows or tokens are split at all."""
-        return self.rows * self.sequence > 1
 
     @property
     def gathers(self) -> bool:
@@ -170,7 +141,7 @@ class Layout:
 
     def placed(self, tree: Any) -> Any:
         """The shardings of a tree of PartitionSpecs."""
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), tree, is_leaf=_is_partition)
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), tree)
 
     def shardings(self, params: Params, specs: Specs, *, parted: bool | None = None) -> dict[str, Any]:
         """The shardings of weights as they are held between steps, parted from ZeRO 3 on and in the host's memory if
@@ -244,56 +215,6 @@ class Layout:
 
         return jax.jit(gather, out_shardings=self.shardings(params, specs, parted=False))(params)
 
-    def over_rows(
-        self, function: Callable[..., Any], params: Params, specs: Specs, *arrays: Any, units: Any = None
-    ) -> Any:
-        """`function(params, *arrays)`, each device on its own rows and tokens; arrays and results: [rows, time, ...].
-
-        Time is padded with zeros so that it can be split; weights come with their other parts to be fetched. `units`
-        [groups of rows, ...], where there are any, are split as rows are and given by their name.
-        """
-        given = {} if units is None else {"units": units}
-        if not self.parallel:
-            return function(params, *arrays, **given)
-        time = jax.tree.leaves(arrays)[0].shape[1]
-        short = -time % self.sequence
-
-        def padded(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, [(0, 0), (0, short), *[(0, 0)] * (x.ndim - 2)]) if short else x
-
-        parted = {path: self._parted(specs[path], w) for path, w in params.items()}
-        # Axes of one device are left out: sums over them would be compiled as collectives all the same.
-        manual = tuple(axis for axis in MANUAL if self.mesh.shape[axis] > 1)
-        rows = tuple(axis for axis in ROWS if axis in manual)
-        split = PartitionSpec(rows or None, SEQUENCE if SEQUENCE in manual else None)
-        run = jax.shard_map(
-            lambda params, arrays, given: function(_with_own_keys(params, manual), *arrays, **given),
-            mesh=self.mesh,
-            in_specs=(_by_hand(parted), split, PartitionSpec(rows or None)),
-            out_specs=split,
-            axis_names=set(manual),
-            check_vma=False,
-        )
-        found = run(parted, jax.tree.map(padded, arrays), given)
-        return jax.tree.map(lambda x: x[:, :time], found) if short else found
-
-    def _parted(self, spec: Spec, w: Any) -> Any:
-        """The weight with each array that is shared out marked as such."""
-        if self.zero < 2:
-            return w
-
-        def mark(partition: PartitionSpec, leaf: Any) -> Any:
-            at = [number for number, axes in enumerate(partition) if axes == FSDP or FSDP in (axes or ())]
-            if not at:
-                return leaf
-            axis = at[0] - leaf.ndim
-            if self.zero >= 3:
-                return Parted(leaf, axis, ring=self.ring)
-            part = jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, partition))
-            return Parted(part, axis, jax.lax.stop_gradient(leaf), self.ring)
-
-        return jax.tree.map(mark, self.partitions(spec, w, parted=True), w, is_leaf=_is_partition)
-
 
 def placing(layout: Layout, specs: Specs) -> dict[str, Any]:
     """How `hf.folder.load_params` is to leave weights: as they are held between steps."""
@@ -301,34 +222,6 @@ def placing(layout: Layout, specs: Specs) -> dict[str, Any]:
         "sharding": lambda path, shapes: layout.shardings({path: shapes}, specs)[path],
         "packed": lambda path, w: layout.packed(specs[path], w),
     }
-
-
-def _by_hand(parted: Any) -> Any:
-    """How `shard_map` splits weights: along `fsdp` where they are marked as parts, else not at all."""
-
-    def split(w: Any) -> Any:
-        if not isinstance(w, Parted):
-            return PartitionSpec()
-        axes = [None] * (w.part.ndim + w.axis)
-        copy = None if w.copy is None else PartitionSpec()
-        return w.replace(part=PartitionSpec(*axes, FSDP), copy=copy)  # type: ignore[attr-defined]
-
-    return jax.tree.map(split, parted, is_leaf=lambda w: isinstance(w, Parted))
-
-
-def _with_own_keys(params: Params, axes: tuple[str, ...]) -> Params:
-    """The weights with keys of dropout that differ between devices, which have different rows."""
-    number = jax.lax.axis_index(axes)
-
-    def own(leaf: Any) -> Any:
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return leaf
-        fold = jax.random.fold_in
-        for _ in leaf.shape:
-            fold = jax.vmap(fold, (0, None))
-        return fold(leaf, number)
-
-    return jax.tree.map(own, params)
 
 
 def _far(spec: Spec, w: Any) -> Any:
@@ -357,7 +250,3 @@ def _moved(places: Any, far: Any) -> Any:
 def _is_matrix(spec: Spec) -> bool:
     """Vectors and single rows are not worth sharing out."""
     return len(spec.matrix) == 2 and min(spec.matrix) > 1
-
-
-def _is_partition(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)

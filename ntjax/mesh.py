@@ -20,6 +20,7 @@ from ntjax.errors import ConfigError
 DATA, FSDP, TENSOR, SEQUENCE = AXES = ("data", "fsdp", "tensor", "sequence")
 HOST = "pinned_host"  # the memory that weights and states are offloaded to
 ROWS = (DATA, FSDP)  # the axes that a batch's rows are split over
+MANUAL = (*ROWS, SEQUENCE)  # the axes that a model is written for, see `ntjax/parallel.py`
 
 
 def make_mesh(

@@ -22,8 +22,8 @@ from jax.experimental.layout import Layout as Order
 from jax.sharding import PartitionSpec
 
 from ntjax.draw import Sampling, draw
-from ntjax.layout import MANUAL, Layout
-from ntjax.mesh import replicated
+from ntjax.layout import Layout
+from ntjax.mesh import MANUAL, replicated
 from ntjax.models import Cache, Model
 from ntjax.models.vision.pictures import Pictures
 from ntjax.ops.attention import Kept, Tokens

@@ -267,8 +267,9 @@ def einsum(equation: str, x: jax.Array, w: Any) -> jax.Array:
 def product(rows: jax.Array, w: Any, split: int) -> jax.Array:
     """rows [N, I] times w, whose first `split` axes are its outputs -> [N, O]."""
     if not _is_here(w):
-        # Fetched and put together again in the backward pass: kept for it, all layers' would stand there whole.
-        return jax.checkpoint(lambda rows, w: product(rows, whole(w), split))(rows, w)
+        # Fetched and put together again in the backward pass: kept for it, all layers' would stand there whole. Where
+        # that pass forms the layer again, it fetches once for both: XLA may take the two for one.
+        return jax.checkpoint(lambda rows, w: product(rows, whole(w), split), prevent_cse=False)(rows, w)
     if isinstance(w, Adapted):
         return w.product(rows, split)
     if isinstance(w, FourBit | EightBit):

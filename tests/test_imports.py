@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "ntjax"
-ABOVE = {"models", "stages", "pipeline", "trainer", "sampler", "slots", "estimate"}
+ABOVE = {"models", "stages", "pipeline", "trainer", "loop", "sampler", "slots", "estimate"}
 COMMANDS = {path.stem for path in ROOT.glob("*.py")} & {
     *("train", "plan", "inspect", "generate", "export", "import", "eval", "report", "launch", "__main__"),
     *("doctor", "init", "schema", "completion"),
@@ -29,9 +29,10 @@ ONLY = {
     "turned": {"quantised"},
     "weights": {"narrow", "turned", "quantised", "mesh"},
     "layout": {"weights", "turned", "quantised", "params", "mesh", "errors"},
+    "parallel": {"layout", "weights", "params", "mesh"},
     "metrics": {"errors"},
     "ops": {"weights", "narrow", "mesh", "errors", "config.remat"},
-    "models": {"ops", "params", "weights", "layout", "mesh", "errors", "marks"},
+    "models": {"ops", "params", "weights", "layout", "parallel", "mesh", "errors", "marks"},
     "losses": {"errors", "metrics", "ops.logprobs"},
     "data": {"errors", "marks"},
     "rewards": {"errors", "lookup"},
@@ -94,7 +95,7 @@ def test_the_config_knows_no_model_and_no_stage() -> None:
 
 def test_stages_know_nothing_of_what_runs_them() -> None:
     for path in sources("stages"):
-        stray = {name for name in parts(path) if within(name, {"trainer", "pipeline"} | COMMANDS)}
+        stray = {name for name in parts(path) if within(name, {"trainer", "loop", "pipeline"} | COMMANDS)}
         assert not stray, f"{path.relative_to(ROOT)} imports {sorted(stray)}"
 
 

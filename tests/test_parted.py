@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from ntjax.layout import Layout
 from ntjax.mesh import make_mesh
+from ntjax.parallel import neighbours
 from ntjax.weights import Parted, product
 
 FSDP = PartitionSpec("fsdp")
@@ -47,6 +47,6 @@ def test_stages_give_the_whole_weight_and_its_summed_gradient(ring: int, copied:
 def test_slices_of_two_or_three_dimensions_gather_along_one_first(shape: tuple[int, ...], ring: int) -> None:
     devices = np.array([SimpleNamespace(platform="tpu", coords=at) for at in np.ndindex(shape)], dtype=object)
     mesh: Any = SimpleNamespace(devices=devices, shape={"fsdp": devices.size}, size=devices.size)
-    assert Layout(mesh, 3).ring == ring
+    assert neighbours(mesh) == ring
     mesh = SimpleNamespace(devices=devices, shape={"fsdp": devices.size // 2}, size=devices.size)
-    assert Layout(mesh, 3).ring == 1
+    assert neighbours(mesh) == 1

@@ -30,10 +30,12 @@ from ntjax.export import main as export_command
 from ntjax.hf.files import read_config
 from ntjax.hf.peft import load_adapter, save_adapter
 from ntjax.layout import Layout
+from ntjax.loop import Loop, stage_step
 from ntjax.mesh import make_mesh
 from ntjax.params import Specs, weight
-from ntjax.policy import quantisable
+from ntjax.policy import Policy, quantisable
 from ntjax.prepare import Job, layout_of, prepare
+from ntjax.reference import with_reference
 from ntjax.signals import StopRequest
 from ntjax.stages.sft import Options
 from ntjax.step import initial_state
@@ -80,7 +82,7 @@ def torch_steps(model: Any, rates: Mapping[str, float], ids: np.ndarray, make: A
 
 def our_steps(which: Options, model: Any, join: Any, frozen: Any, params: Any, specs: Specs, ids: Any) -> Any:
     layout = Layout(make_mesh(None, [jax.devices()[0]]))
-    step, optimizer = trainer.stage_step(which, model, specs, join, layout, STEPS)
+    step, optimizer = stage_step(which, model, specs, join, layout, STEPS)
     state, compiled = initial_state(params, optimizer), jax.jit(step)
     places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     batch = {
@@ -114,7 +116,7 @@ def test_training_with_frozen_parts_and_rates_is_torchs(settings: dict[str, Any]
     frozen = {path: w for path, w in params.items() if path in still}
     free = {path: spec for path, spec in model.specs.items() if path not in still}
     start = {path: params[path] for path in free}
-    state = our_steps(which, model, trainer.Policy(start, frozen, free).join, frozen, start, free, ids)
+    state = our_steps(which, model, Policy(start, frozen, free).join, frozen, start, free, ids)
     expected = stacked(theirs.state_dict(), model.specs)
     for path, array in state.params.items():
         np.testing.assert_allclose(array, expected[path], atol=2e-6, rtol=1e-5, err_msg=path)
@@ -302,13 +304,13 @@ def test_adapters_beside_frozen_parts_resume_and_export(place: Path) -> None:
 )
 def test_a_reference_shares_what_is_frozen(settings_: dict[str, Any], place: Path, monkeypatch: Any) -> None:
     seen: list[Any] = []
-    collect = trainer.Loop.collect
+    collect = Loop.collect
 
     def spied(loop: Any) -> None:
         seen.append((loop.frozen, loop.weights().reference, loop.done))
         collect(loop)
 
-    monkeypatch.setattr(trainer.Loop, "collect", spied)
+    monkeypatch.setattr(Loop, "collect", spied)
     run(settings(place, "dpo", **FROZEN_MLP, **settings_), place / f"dpo{len(settings_)}")
     for frozen, reference, _ in seen:
         assert frozen.keys() < reference.keys()
@@ -335,7 +337,7 @@ def test_a_plan_holds_what_training_holds(kind: str, model: dict[str, Any], plac
     count = sum(math.prod(spec.shape) for spec in policy.specs.values())
     assert train.held["optimizer"] == 2 * 4 * count + 4
     if kind == "dpo":
-        own = trainer.with_reference(setup, policy)[1]
+        own = with_reference(setup, policy)[1]
         assert own is not None
         apart = sum(
             x.nbytes

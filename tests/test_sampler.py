@@ -26,7 +26,7 @@ from transformers import (
 from ntjax import sampler, slots
 from ntjax.data.prompts import Prompt
 from ntjax.draw import Sampling, cut, draw, inverse, penalised
-from ntjax.estimate.hlo import Program
+from ntjax.estimate.traffic import Program
 from ntjax.layout import RULES, Layout
 from ntjax.mesh import make_mesh
 from ntjax.models import Model

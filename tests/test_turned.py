@@ -13,6 +13,7 @@ import pytest
 from ntjax import mesh as meshes
 from ntjax.layout import Layout
 from ntjax.models import build
+from ntjax.parallel import over_rows
 from ntjax.quantised import Kind, quantise_4bit
 from ntjax.turned import Turned, turned
 from ntjax.weights import dense, einsum
@@ -101,7 +102,7 @@ def test_devices_share_out_its_outputs(sizes: dict[str, int], double: bool) -> N
             layer = jax.tree.map(lambda leaf: leaf[1], params[path])
             return einsum("bte,me->btm", x, layer) ** 2
 
-        return layout.over_rows(product, params, {path: specs[path]}, x).sum()
+        return over_rows(layout, product, params, {path: specs[path]}, x).sum()
 
     held = layout.put({path: turned(node, 128)}, specs)
     parts = held[path].codes.addressable_shards[0].data.shape

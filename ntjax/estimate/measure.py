@@ -9,11 +9,11 @@ from typing import Any
 import jax
 
 from ntjax.estimate.flops import Flops, flops
-from ntjax.estimate.hlo import Collective
-from ntjax.estimate.hlo import Program as Text
 from ntjax.estimate.programs import TRAIN, Program, Programs, untuned
 from ntjax.estimate.roofline import SKIPPED, Times, times
 from ntjax.estimate.target import Target, answering
+from ntjax.estimate.traffic import Collective
+from ntjax.estimate.traffic import Program as Text
 from ntjax.stages.rollout import RolloutConfig
 
 TEMPORARIES = "gradients, temporaries"

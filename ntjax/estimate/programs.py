@@ -22,9 +22,10 @@ from ntjax.estimate import shapes
 from ntjax.estimate.shapes import Shape, Weights, at, held
 from ntjax.hf.files import read_config
 from ntjax.hf.hub import locate
-from ntjax.layout import MANUAL, Layout
+from ntjax.layout import Layout
+from ntjax.loop import fetching, stage_step
 from ntjax.marks import UNIT
-from ntjax.mesh import ROWS, on_host, replicated
+from ntjax.mesh import MANUAL, ROWS, on_host, replicated
 from ntjax.models import Model, build, is_scoring, scoring_config
 from ntjax.models.vision.pictures import Pictures
 from ntjax.params import Params
@@ -35,7 +36,6 @@ from ntjax.slots import programs as sampler_programs
 from ntjax.stages.base import StageConfig
 from ntjax.stages.rollout import RolloutConfig
 from ntjax.step import TrainState
-from ntjax.trainer import fetching, stage_step
 
 STEPS = 1000  # of the schedule, which changes no program
 TRAIN = "train"

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from ntjax.estimate.chips import Chip
 from ntjax.estimate.flops import Flops
-from ntjax.estimate.hlo import Collective
+from ntjax.estimate.traffic import Collective
 from ntjax.mesh import ROWS
 
 # Shares of a peak. Matmuls of a layer of 7B reach this on TPUs and H100s alike; attention's are smaller.

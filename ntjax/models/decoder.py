@@ -28,6 +28,7 @@ from ntjax.ops.logprobs import Likelihood, TokenLogprobs, likelihood, token_logp
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.remat import rematerialised
 from ntjax.ops.rope import Rope, rotations
+from ntjax.parallel import over_rows
 from ntjax.params import Params, Specs, weight
 from ntjax.weights import whole
 
@@ -224,9 +225,9 @@ class Model:
 
         params = {path: params[path] for path in self.specs}
         if pictures is None:
-            return layout.over_rows(hidden, params, self.specs, ids, tokens)
+            return over_rows(layout, hidden, params, self.specs, ids, tokens)
         at = pictures.index, pictures.places
-        return layout.over_rows(hidden, params, self.specs, ids, tokens, at, units=pictures.units)
+        return over_rows(layout, hidden, params, self.specs, ids, tokens, at, units=pictures.units)
 
     def logprobs(
         self, params: Params, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
@@ -254,7 +255,7 @@ class Model:
         def own(params: Params, hidden: jax.Array, *of: Any) -> Any:
             return function(hidden, whole(params[name]), *of)
 
-        return self.layout.over_rows(own, {name: params[name]}, self.specs, hidden, *of)
+        return over_rows(self.layout, own, {name: params[name]}, self.specs, hidden, *of)
 
     def prefill(
         self, params: Params, ids: jax.Array, tokens: Tokens, pictures: Pictures | None = None

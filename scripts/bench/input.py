@@ -102,7 +102,8 @@ def fed(args: argparse.Namespace, **kind: bool) -> Json:
 def step(args: argparse.Namespace, times: int = 1, **kind: bool) -> Json:
     """The loop's step on the first batch, `times` over."""
     from ntjax.checkpoint import Checkpoints
-    from ntjax.trainer import Loop, start
+    from ntjax.loop import Loop
+    from ntjax.trainer import start
 
     with tempfile.TemporaryDirectory() as folder:
         ready = setup(args, Path(folder), **kind)
@@ -121,7 +122,8 @@ def step(args: argparse.Namespace, times: int = 1, **kind: bool) -> Json:
 def saved(args: argparse.Namespace) -> Json:
     """How long `save` holds whoever calls it; the disk is waited for in between."""
     from ntjax.checkpoint import Checkpoints
-    from ntjax.trainer import Loop, start
+    from ntjax.loop import Loop
+    from ntjax.trainer import start
 
     seconds, cpu = [], []
     with tempfile.TemporaryDirectory(dir=args.disk) as folder:

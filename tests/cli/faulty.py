@@ -14,7 +14,7 @@ from typing import Any
 
 from ntjax import errors, train
 from ntjax.checkpoint import Checkpoints
-from ntjax.trainer import Loop
+from ntjax.loop import Loop
 
 FAULTS = ("raise", "exit", "os_exit", "kill", "stop", "skip_save", "loop")
 

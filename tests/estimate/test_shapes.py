@@ -19,6 +19,7 @@ from ntjax.estimate.paper import shortage
 from ntjax.estimate.programs import Programs
 from ntjax.estimate.target import Target
 from ntjax.hf.files import read_config
+from ntjax.loop import Loop
 from ntjax.pipeline import run
 from ntjax.prepare import Job, layout_of, prepare
 from tests.cases import some
@@ -115,13 +116,13 @@ def test_batches(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """What a step is given in a run; rows are shorter there where no row is as long as the stage lets it be."""
     config = config_of(folder, kind, {}, {"zero_stage": 3})
     seen: list[dict[str, Any]] = []
-    prepared = trainer.Loop.prepared
+    prepared = Loop.prepared
 
     def spied(loop: Any, batch: Any) -> Any:
         seen.append(prepared(loop, batch))
         return seen[-1]
 
-    monkeypatch.setattr(trainer.Loop, "prepared", spied)
+    monkeypatch.setattr(Loop, "prepared", spied)
     run(config)
     planned = next(iter(programs(config))).arguments[2]
     given = seen[0]

@@ -98,5 +98,5 @@ def stage(clock: Clock, folder: Path, kind: str, rows: Sequence[Json], **setting
             "stages": [{"stage_type": kind, "logging_steps": 1, "save_strategy": "no", **settings}],
         }
         (Path(out) / "config.json").write_text(json.dumps(config))
-        logging.getLogger("ntjax.trainer").addHandler(Listener(clock))
+        logging.getLogger("ntjax.loop").addHandler(Listener(clock))
         main(["--config", str(Path(out) / "config.json")])

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ntjax.estimate.hlo import Collective, Program, arrays
+from ntjax.estimate.hlo import arrays
+from ntjax.estimate.traffic import Collective, Program
 from ntjax.mesh import make_mesh
 
 LOOP = """HloModule loop
