@@ -12,6 +12,7 @@ Axes: N rows, I inputs, O outputs, r rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -267,15 +268,18 @@ def einsum(equation: str, x: jax.Array, w: Any) -> jax.Array:
 def product(rows: jax.Array, w: Any, split: int) -> jax.Array:
     """rows [N, I] times w, whose first `split` axes are its outputs -> [N, O]."""
     if not _is_here(w):
-        # Fetched and put together again in the backward pass: kept for it, all layers' would stand there whole. Where
-        # that pass forms the layer again, it fetches once for both: XLA may take the two for one.
-        return jax.checkpoint(lambda rows, w: product(rows, whole(w), split), prevent_cse=False)(rows, w)
+        return _formed_again(lambda rows, w: product(rows, whole(w), split))(rows, w)
     if isinstance(w, Adapted):
         return w.product(rows, split)
     if isinstance(w, FourBit | EightBit):
-        # The backward pass dequantises again: kept for it, the weights of all layers would stand there in full.
-        return jax.checkpoint(partial(_by_codes, split=split))(rows, w)
+        return _formed_again(partial(_by_codes, split=split))(rows, w)
     return narrow.product(rows, _matrix(w, split, rows.dtype))
+
+
+def _formed_again(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A product whose weight is put together or dequantised again in the backward pass: kept for it, all layers' would
+    stand there whole. Where that pass forms the layer's products again too, XLA may take the two weights for one."""
+    return jax.checkpoint(function, prevent_cse=False)
 
 
 def _by_codes(rows: jax.Array, w: FourBit | EightBit, split: int) -> jax.Array:
