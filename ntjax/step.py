@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from ntjax import narrow
 from ntjax.metrics import Mean, Metrics
 from ntjax.optim import Schedule
 from ntjax.params import Params
@@ -114,8 +115,7 @@ def train_step(
                 path: (p - rates[path] * updates[path]).astype(p.dtype) for path, p in params.items()
             }, opt_state
 
-        # A branch instead of a choice between old and new numbers: XLA can then write these over those.
-        params, opt_state = jax.lax.cond(finite, moved, lambda *kept: kept, before, state.opt_state)
+        params, opt_state = _taken(finite, moved, before, state.opt_state)
         one = jnp.ones(())
         metrics = metrics | {
             "grad_norm": Mean(norm, one),
@@ -141,6 +141,17 @@ def eval_step(loss: Loss, join: Join = union) -> Callable[[Params, Params, Batch
         return jax.lax.scan(one, zeros, batch)[0]
 
     return step
+
+
+def _taken(whether: jax.Array, change: Callable[..., Any], *old: Any) -> Any:
+    """`change(*old)` if `whether`, else `old`.
+
+    By a branch XLA writes new numbers over old ones, where those of a choice would be copied. On GPUs it is the other
+    way round: a branch is given copies of all that it may leave as it is.
+    """
+    if narrow.target() in ("cpu", "tpu"):
+        return jax.lax.cond(whether, change, lambda *kept: kept, *old)
+    return jax.tree.map(partial(jnp.where, whether), change(*old), old)
 
 
 def _summed_gradients(

@@ -179,3 +179,14 @@ def test_a_7b_model_is_planned_for_gpus_that_are_not_here() -> None:
     assert code == 0
     assert train["kernels"]["cudnn"] >= 2
     assert train["memory"]["cuDNN's workspace"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda13_plugin"), reason="JAX's CUDA plugin isn't installed"
+)
+def test_an_update_on_a_gpu_copies_no_state() -> None:
+    """Beside the weights and their moments stand gradients, and little else."""
+    short = ("stages.sft.max_length=256", "stages.sft.per_device_train_batch_size=1")
+    _, (train,), _ = plan("configs/plan/llama2_7b_sft.toml", "--topology", "h100:1", *short)
+    assert train["memory"]["gradients, temporaries"] < 1.1 * train["memory"]["weights"]
