@@ -72,7 +72,6 @@ SCALING = [
     Asked(f"{chips} chips", "llama3_70b_sft", f"v5p:{shape}", step_of(1, 2, KEPT))
     for chips, shape in SHAPES.items()
 ]
-# With the settings of the rows above.
 COLLECTIVES = [
     Asked("7B full SFT, 4096", "llama2_7b_sft", "v5e:4x4", step_of(1, 4, KEPT)),
     Asked("70B full SFT, 4096", "llama3_70b_sft", "v5p:4x4x8", step_of(1, 2, '"minimal"')),
