@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ntjax.layout import MANUAL, Layout
-from ntjax.mesh import ROWS, SEQUENCE, make_mesh
+from ntjax.layout import Layout
+from ntjax.mesh import MANUAL, ROWS, SEQUENCE, make_mesh
 from ntjax.models import Model, build
 from ntjax.ops.attention import Tokens, across, attention, plain
 from ntjax.ops.splash import blocks, splash
