@@ -82,7 +82,6 @@ class Loop:
         report: Callable[[], None] = lambda: None,
     ):
         job, self.stage = setup.job, setup.job.stage
-        assert self.stage.seed is not None
         loss = self.stage.loss(setup.model)
         layout, specs = setup.layout, policy.specs
         step, optimizer = stage_step(self.stage, setup.model, specs, policy.join, layout, setup.train.steps)

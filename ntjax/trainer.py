@@ -32,9 +32,8 @@ def train(setup: Setup, stop: StopRequest, report: Callable[[], None] = lambda: 
     setup, reference = with_reference(setup, policy)
     checkpoints = Checkpoints(job.folder, keep=stage.save_total_limit, best=best_mode(stage))
     loop = Loop(setup, policy, reference, checkpoints, report)
-    policy = replace(
-        policy, trainable={}
-    )  # the loop's now, which lets them go when a checkpoint replaces them
+    # The loop's now, which lets them go when a checkpoint replaces them.
+    policy = replace(policy, trainable={})
     try:
         watchdog.arm("restore")
         if job.resume and hosts.of_first(checkpoints.latest) is not None:

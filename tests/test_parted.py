@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from ntjax.mesh import make_mesh
+from ntjax.ops.remat import rematerialised
 from ntjax.parallel import neighbours
 from ntjax.weights import Parted, product
 
@@ -37,6 +38,29 @@ def test_stages_give_the_whole_weight_and_its_summed_gradient(ring: int, copied:
     wanted = jax.grad(lambda x, w: (jnp.einsum("NI,OI->NO", x, w) * dy).sum(), argnums=(0, 1))(x, w)
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_xla_may_gather_once_for_what_a_layer_s_backward_pass_forms_again() -> None:
+    """A barrier would keep the weight of a layer that is formed again apart from that of its gradient."""
+    mesh = make_mesh({"fsdp": 8})
+    x, w = jnp.ones((32, 16)), jnp.ones((16, 16))
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(FSDP, PartitionSpec(None, None, "fsdp")),
+        out_specs=FSDP,
+        check_vma=False,
+    )
+    def layers(x: jax.Array, parts: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.sin(product(x, Parted(part, -1), 1)), None
+
+        return jax.lax.scan(rematerialised(layer, "full"), x, parts)[0]
+
+    lowered = jax.jit(jax.grad(lambda w: layers(x, w).sum())).lower(jnp.stack([w, w]))
+    assert "all_gather" in lowered.as_text()
+    assert "optimization_barrier" not in lowered.as_text()
 
 
 @pytest.mark.parametrize(

@@ -169,11 +169,15 @@ def test_a_gradient_that_is_not_finite_changes_no_bit_but_the_count(
     bad: float, max_grad_norm: float, platform: str
 ) -> None:
     optimizer, state, frozen = adam_state()
-    step = jax.jit(train_step(linear, optimizer, constant(0.1), max_grad_norm))
     good, wrong = np.ones((2, 2, 3), np.float32), np.ones((2, 2, 3), np.float32)
     wrong[1, :, 1] = bad  # 1e38 is finite; the square of its sum is not
     with traced_for(platform):
-        state, metrics = step(state, frozen, {"x": good})
+        lowered = jax.jit(train_step(linear, optimizer, constant(0.1), max_grad_norm)).lower(
+            state, frozen, {"x": good}
+        )
+    assert ("stablehlo.case" in lowered.as_text()) == (platform == "cpu")  # a branch, or a choice
+    step = lowered.compile()
+    state, metrics = step(state, frozen, {"x": good})
     assert float(metrics["skipped"].total) == 0
     after, metrics = step(state, frozen, {"x": wrong})
     assert float(metrics["skipped"].total) == float(metrics["skipped"].weight) == 1
