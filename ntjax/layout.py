@@ -21,7 +21,7 @@ from ntjax.mesh import AXES, FSDP, HOST, SEQUENCE, TENSOR, row_groups
 from ntjax.params import Params, Spec, Specs
 from ntjax.quantised import EightBit, FourBit, in_words
 from ntjax.turned import Turned, turned
-from ntjax.weights import Adapted, whole
+from ntjax.weights import Adapted, narrowed, whole
 
 # Axis of a weight -> axis of the mesh.
 RULES: Mapping[str, str] = {
@@ -90,7 +90,7 @@ class Layout:
         return PartitionSpec(*self._axes(spec, parted))
 
     def _axes(self, spec: Spec, parted: bool) -> list[str | None]:
-        return self._named(spec.names, _is_matrix(spec) and parted)
+        return self._named(spec.names, _worth_sharing(spec) and parted)
 
     def _named(self, names: tuple[str, ...], parted: bool) -> list[str | None]:
         """The mesh axis of each named one: each is used once, and only if it has more than one device."""
@@ -179,7 +179,7 @@ class Layout:
             axes: list[str | None] = []
             if spec is not None and leaf.shape == spec.shape:
                 axes = self._axes(spec, self.zero >= 1)
-            elif spec is not None and leaf.shape[1:] == spec.matrix and _is_matrix(spec):
+            elif spec is not None and leaf.shape[1:] == spec.matrix and _worth_sharing(spec):
                 stored = dict(zip(spec.names, self._axes(spec, self.zero >= 1), strict=True))
                 axes = [None, stored[spec.outputs[0]], stored[spec.inputs[0]]]
             elif spec is not None and getattr(path[-1], "name", "") == "absmax":
@@ -202,16 +202,12 @@ class Layout:
         }
 
     def gathered(self, params: Params, specs: Specs, dtype: str) -> Params:
-        """The weights on the devices with no part of them along `fsdp` missing, as the sampler wants them: matrices in
-        `dtype`."""
+        """The weights on the devices with no part of them along `fsdp` missing, as the sampler wants them."""
         if not self.gathers:
             return params
 
         def gather(params: Params) -> Params:
-            def cast(w: Any) -> Any:
-                return w.astype(dtype) if isinstance(w, jax.Array) and w.ndim > 2 else w
-
-            return {path: cast(whole(w)) for path, w in params.items()}
+            return {path: narrowed(whole(w), specs[path], dtype) for path, w in params.items()}
 
         return jax.jit(gather, out_shardings=self.shardings(params, specs, parted=False))(params)
 
@@ -233,7 +229,7 @@ def _far(spec: Spec, w: Any) -> Any:
     near = jax.tree.map(lambda _: False, w)
     if isinstance(w, Adapted):
         return near.replace(base=_far(spec, w.base))
-    far = _is_matrix(spec) and "rank" not in spec.names
+    far = _worth_sharing(spec) and "rank" not in spec.names
     if isinstance(w, EightBit | FourBit):
         codes = far and w.codes.dtype == jnp.uint32
         if isinstance(w, EightBit):
@@ -247,6 +243,6 @@ def _moved(places: Any, far: Any) -> Any:
     return jax.tree.map(lambda place, far: place.with_memory_kind(HOST) if far else place, places, far)
 
 
-def _is_matrix(spec: Spec) -> bool:
+def _worth_sharing(spec: Spec) -> bool:
     """Vectors and single rows are not worth sharing out."""
     return len(spec.matrix) == 2 and min(spec.matrix) > 1

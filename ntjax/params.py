@@ -94,6 +94,12 @@ class Spec:
         sizes = dict(self.sizes)
         return (self.matrix[0], *(sizes[name] for name in self.inputs)) if self.kernel else self.matrix
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a tensor has several axes: it is cast to the dtype that is computed in where it is used. Norms and
+        biases stay as they are."""
+        return len(self.torch_shape) > 1
+
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """(index into the stacked axes, Hugging Face name) of every tensor this weight is made of."""
         import itertools
@@ -122,7 +128,7 @@ def unused(specs: Specs) -> set[str]:
 def decays(spec: Spec) -> bool:
     """Whether weight decay applies: to all but biases and norms. Vectors that transformers doesn't know for norms by
     their names (a class embedding, DoRA's lengths, the norms of Qwen2.5-VL's tower) it decays, and so do we."""
-    return len(spec.torch_shape) > 1 or not _SPARED.search(spec.hf)
+    return spec.is_matrix or not _SPARED.search(spec.hf)
 
 
 def initial(specs: Specs, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:

@@ -165,7 +165,7 @@ def reference(policy: Policy, *, continued: bool, compute: str) -> Params:
     if policy.plan is None:
 
         def copied(path: str, w: jax.Array) -> jax.Array:
-            dtype = compute if len(policy.specs[path].torch_shape) > 1 else w.dtype
+            dtype = compute if policy.specs[path].is_matrix else w.dtype
             return jax.device_put(jnp.array(whole(w), dtype, copy=True), w.sharding)
 
         own = {path: copied(path, w) for path, w in policy.trainable.items() if path != VALUE}

@@ -105,7 +105,8 @@ class Sampler:
         )
         slots, first = shape.all_slots, first_row
         compiled = programs(self.model, self.sampling, shape)
-        state, layers = compiled.empty(), compiled.layers(params)
+        state, (own, layers) = compiled.empty(), compiled.copies(params)
+        params = params | own
         waiting = iter(enumerate(prompts))
         held: list[int | None] = [None] * slots  # the prompt in each slot
         done = 0

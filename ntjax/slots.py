@@ -116,7 +116,7 @@ class Programs(NamedTuple):
     """What is compiled for one shape."""
 
     empty: Callable[[], State]
-    layers: Callable[[Params], Any]
+    copies: Callable[[Params], tuple[Params, Any]]
     fill: Callable[[Params, State, Prompts, Any], State]
     decode: Callable[[Params, Any, State, Any], tuple[State, Told]]
 
@@ -130,7 +130,7 @@ def programs(model: Model, sampling: Sampling, shape: Shape) -> Programs:
         where, whole = formats(jax.eval_shape(slots.empty), layout), replicated(layout.mesh)
     return Programs(
         jax.jit(slots.empty, out_shardings=where),
-        jax.jit(slots.layers),
+        jax.jit(model.copies),
         jax.jit(slots.fill, donate_argnums=1, out_shardings=where),
         jax.jit(slots.decode, donate_argnums=2, out_shardings=(where, whole)),
     )
@@ -270,13 +270,9 @@ class _Slots:
             seen=None if state.seen is None else put_groups(state.seen, new.seen),
         )
 
-    def layers(self, params: Params) -> Any:
-        """What `decode` is given of the weights: the layers one by one where it takes them so, which copies them, once
-        for all of its calls; nothing where it takes their stack."""
-        return self.model.layers(params) if len(self.model.parts) > 1 else None
-
     def decode(self, params: Params, layers: Any, state: State, enough: jax.Array) -> tuple[State, Told]:
-        """The state some tokens later, at most `STEPS`: when `enough` slots have nothing to draw."""
+        """The state some tokens later, at most `STEPS`: when `enough` slots have nothing to draw. Weights and `layers`
+        are as `Model.copies` has them."""
         head, shape = self.model.head(params), self.shape
         layers = self.model.layers(params) if layers is None else layers
 

@@ -22,6 +22,7 @@ from flax import struct
 
 from ntjax import narrow
 from ntjax.mesh import FSDP
+from ntjax.params import Spec
 from ntjax.quantised import EightBit, FourBit
 from ntjax.turned import Turned
 
@@ -293,6 +294,16 @@ def dense(w: Any, dtype: Any) -> jax.Array:
     """The plain array that a weight stands for: put together, dequantised, the adapter merged."""
     w = whole(w)
     return w.dense(dtype) if isinstance(w, Adapted | FourBit | EightBit) else w.astype(dtype)
+
+
+def narrowed(w: Any, spec: Spec, dtype: Any) -> Any:
+    """The weight with a matrix in the dtype that it is cast to where it is used, if that is narrower. What an adapter
+    is around is one too, but for DoRA's, whose length is taken in fp32."""
+    if isinstance(w, Adapted) and w.magnitude is None:
+        base = narrowed(w.base, spec, dtype)
+        return w if base is w.base else w.replace(base=base)  # type: ignore[attr-defined]
+    plain = isinstance(w, jax.Array) and spec.is_matrix
+    return w.astype(dtype) if plain and jnp.dtype(dtype).itemsize < w.dtype.itemsize else w
 
 
 def _matrix(w: jax.Array, split: int, dtype: Any) -> jax.Array:

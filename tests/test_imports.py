@@ -27,7 +27,7 @@ ONLY = {
     "mesh": {"errors"},
     "narrow": set(),
     "turned": {"quantised"},
-    "weights": {"narrow", "turned", "quantised", "mesh"},
+    "weights": {"narrow", "turned", "quantised", "params", "mesh"},
     "layout": {"weights", "turned", "quantised", "params", "mesh", "errors"},
     "parallel": {"layout", "weights", "params", "mesh"},
     "metrics": {"errors"},

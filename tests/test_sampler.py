@@ -166,6 +166,29 @@ def test_a_loop_over_the_layers_draws_the_same(monkeypatch: pytest.MonkeyPatch) 
     same(eight, unrolled)
 
 
+@pytest.mark.parametrize("looped", [False, True])
+def test_weights_are_cast_once_for_all_tokens_to_the_dtype_that_is_computed_in(
+    looped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, params = pair({**TINY, "eos_token_id": None}, dtype="bfloat16")
+    model = replace(model, looped=looped)
+    assert {w.dtype for w in params.values()} == {jnp.dtype("float32")}
+    own, layers = jax.jit(model.copies)(params)
+    matrices = {path for path, spec in model.specs.items() if spec.is_matrix}
+    assert own.keys() == (matrices - ({"embed"} - {model._head}) if looped else {model._head})
+    assert {w.dtype for w in own.values()} == {jnp.dtype("bfloat16")}
+    dtypes = [w.dtype for w in jax.tree.leaves(layers) if w.ndim > 1]
+    assert dtypes == ([] if looped else [jnp.dtype("bfloat16")] * len(dtypes))
+    assert jax.jit(model.copies)(params | own)[0] == {}
+    drawn = Sampler(model, FREE, slots=4)
+    prompts = [Prompt(prompt) for prompt in PROMPTS]
+    cast_once = drawn(params, prompts, seed=3)
+    monkeypatch.setattr(Model, "copies", lambda self, params: ({}, None if looped else self.layers(params)))
+    slots.programs.cache_clear()
+    assert drawn(params, prompts, seed=3) == cast_once
+    slots.programs.cache_clear()
+
+
 def test_slots_that_are_free_on_some_of_eight_devices_are_refilled(monkeypatch: pytest.MonkeyPatch) -> None:
     needs: list[np.ndarray] = []  # of each device, at each filling
 

@@ -30,12 +30,14 @@ from ntjax.models import Model, build, is_scoring, scoring_config
 from ntjax.models.vision.pictures import Pictures
 from ntjax.params import Params
 from ntjax.scorer import scores
+from ntjax.slots import Programs as Sampler
 from ntjax.slots import Prompts, formats
 from ntjax.slots import Shape as Slots
 from ntjax.slots import programs as sampler_programs
 from ntjax.stages.base import StageConfig
 from ntjax.stages.rollout import RolloutConfig
 from ntjax.step import TrainState
+from ntjax.weights import narrowed
 
 STEPS = 1000  # of the schedule, which changes no program
 TRAIN = "train"
@@ -191,15 +193,7 @@ class Programs:
     ) -> Iterator[Program]:
         """Reading prompts and writing completions, as `ntjax.sampler` does for a window."""
         layout = self.layout
-        joined = weights.model()
-        params = {path: joined[path] for path in model.specs}
-        copied = layout.gathers
-        if copied:  # as Layout.gathered
-            params = {
-                path: Shape(w.shape, model.config.dtype) if isinstance(w, Shape) and len(w.shape) > 2 else w
-                for path, w in params.items()
-            }
-        params = shapes.placed(params, model.specs, layout, parted=False)
+        params = self._gathered(model, weights.model())
         shape, devices = stage.geometry(layout.rows), layout.rows * layout.sequence
         prompts = shape.completions // shape.group
         longest, tokens = stage.max_length, stage.completion_length
@@ -213,14 +207,33 @@ class Programs:
         seen = shapes.pictures(model.config, (count, size.time), devices, size.most)
         pictures = jax.tree.map(lambda x: at(x, rows), jax.eval_shape(Pictures.of, seen))
         read = Prompts(ints((count, size.time), sharding=rows), each, each, each, pictures)
-        kinds = {"sampler's weights" if copied else "weights": held(params), "cache": held(state)}
-        rest = {kind: size for kind, size in around.items() if kind not in kinds}
-        filled = (params, state, read, one)
+        own, layers = _copies(compiled, params)
+        name = "sampler's weights" if layout.gathers else "weights"
+        every = held(params) + held(own) + held(layers)
+
+        def lying(used: Any) -> tuple[dict[str, int], dict[str, int]]:
+            """What lies on a device, of a program's arguments and beside them, while it uses some of the weights."""
+            kinds = {name: held(used), "cache": held(state)}
+            rest = {kind: size for kind, size in around.items() if kind not in kinds}
+            return kinds, _there(rest | {"other copies of weights": every - held(used)})
+
+        filled = params | own
         calls = prompts / count / shape.steps
-        yield Program("prefill", compiled.fill, filled, kinds, rest, count * size.time, calls)
+        given = filled, state, read, one
+        yield Program("prefill", compiled.fill, given, *lying(filled), count * size.time, calls)
         written = stage.completion_length * -(-prompts // size.all_slots) / shape.steps
         rows_drawn = size.all_slots * shape.group
-        yield Program("decode", compiled.decode, (params, None, state, one), kinds, rest, rows_drawn, written)
+        apart = {path: w for path, w in filled.items() if layers is None or not path.startswith("blocks.")}
+        given = filled, layers, state, one
+        yield Program("decode", compiled.decode, given, *lying((apart, layers)), rows_drawn, written)
+
+    def _gathered(self, model: Model, params: Params) -> Params:
+        """As `Layout.gathered` leaves the model's own."""
+        params, dtype = {path: params[path] for path in model.specs}, model.config.dtype
+        if self.layout.gathers:
+            narrow = {path: partial(narrowed, spec=spec, dtype=dtype) for path, spec in model.specs.items()}
+            params = {path: jax.eval_shape(narrow[path], w) for path, w in params.items()}
+        return shapes.placed(params, model.specs, self.layout, parted=False)
 
     def _rewarding(self, stage: RolloutConfig, around: dict[str, int]) -> Program:
         """A reward model's scores of as many completions as it takes at a time."""
@@ -249,6 +262,15 @@ class Programs:
             with suppress(InputMissing):
                 return read_config(locate(named, folders=[self.config.path.parent], weights=False))
         return self.hf
+
+
+def _copies(sampler: Sampler, params: Params) -> tuple[Params, Any]:
+    """`Model.copies`, where it leaves them."""
+    own, layers = jax.eval_shape(sampler.copies, params)
+    if not own and layers is None:
+        return own, layers
+    places = sampler.copies.lower(params).compile().output_shardings  # type: ignore[attr-defined]
+    return jax.tree.map(at, (own, layers), places)
 
 
 def _own(weights: Weights, reference: Params) -> Params:

@@ -168,10 +168,7 @@ def rows_placed(arrays: Any, layout: Layout) -> Any:
 
 def matrices_in(specs: Specs, dtype: str) -> Params:
     """Weights whose matrices are held in `dtype`, as `ntjax.policy.reference` holds them."""
-    return {
-        path: Shape(spec.shape, dtype if len(spec.torch_shape) > 1 else "float32")
-        for path, spec in specs.items()
-    }
+    return {path: Shape(spec.shape, dtype if spec.is_matrix else "float32") for path, spec in specs.items()}
 
 
 def placed(params: Params, specs: Specs, layout: Layout, parted: bool | None = None) -> Params:

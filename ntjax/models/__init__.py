@@ -12,7 +12,8 @@ import jax
 
 from ntjax.errors import ConfigError
 from ntjax.layout import Layout
-from ntjax.models.decoder import Cache, Decoder, DecoderConfig, Model
+from ntjax.models.decoder import Cache, Decoder, DecoderConfig
+from ntjax.models.model import Model
 from ntjax.ops.attention import chosen
 
 __all__ = [
@@ -33,7 +34,7 @@ LANGUAGE, SCORING = "ForCausalLM", "ForSequenceClassification"
 def families() -> list[str]:
     """The `model_type`s that can be built."""
     modules = (module for module in pkgutil.iter_modules(__path__) if not module.ispkg)
-    return sorted(module.name for module in modules if module.name != "decoder")
+    return sorted(module.name for module in modules if module.name not in ("decoder", "model"))
 
 
 def build(
