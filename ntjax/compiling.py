@@ -17,6 +17,10 @@ DEFAULTS = {
     TPU_ARGS: "--xla_tpu_scoped_vmem_limit_kib=32768",
 }
 
+# On GPUs XLA multiplies what several products share by their weights side by side, which decoding would copy next to
+# each other at every token.
+APART = "xla_gpu_dot_merger_threshold_mb"
+
 
 def defaults() -> dict[str, str]:
     """What `set_defaults` adds to the environment as it is, by name: flags that it doesn't have."""
@@ -31,6 +35,11 @@ def set_defaults() -> None:
     """Completes the environment, for the first look at devices to see."""
     for name, value in defaults().items():
         os.environ[name] = f"{value} {os.environ.get(name, '')}".rstrip()
+
+
+def for_decoding(platform: str) -> dict[str, int]:
+    """What XLA is told when it compiles a program that decodes."""
+    return {APART: 0} if platform in ("gpu", "cuda") and APART not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def keep_compiled(folder: str) -> None:

@@ -30,7 +30,7 @@ class Drawing:
         if setup.vision:
             sampling = replace(sampling, never=(setup.vision.image_id,))
         slots = self.stage.sampler_slots * setup.layout.rows * setup.layout.sequence
-        words = {"tokenizer": setup.tokenizer, "vision": setup.vision}
+        words = {"tokenizer": setup.tokenizer, "vision": setup.vision, "weights": self.stage.sampler_weights}
         self.sampler = Sampler(setup.model, sampling, slots=slots, **words)
 
     def __call__(self, params: Params, numbers: Sequence[int], group: int, asked: int, step: int) -> Drawn:

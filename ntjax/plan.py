@@ -148,7 +148,7 @@ class Plan:
         from ntjax.narrow import traced_for
 
         stage, found = config.stages[number], []
-        programs = Programs(config, stage, self.hf[number], self.layout(config))
+        programs = Programs(config, stage, self.hf[number], self.layout(config), self.target.memory)
         with traced_for(self.target.platform):
             for program in programs:
                 key = f"{program.name} {stage} {config.mesh} {config.model}"

@@ -41,6 +41,7 @@ FREE |= {
     "log_unique_prompts",
     "reward_timeout",
     "sampler_slots",
+    "sampler_weights",
     "per_device_eval_batch_size",
 }
 FREE |= {"load_best_model_at_end", "metric_for_best_model", "greater_is_better"}

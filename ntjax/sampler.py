@@ -7,6 +7,7 @@ the next prompts, so nobody waits for the longest. A row's draws depend on the s
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from ntjax import hosts, memory
 from ntjax.data.pooled import Document, Line, Pooling, pooled, room
 from ntjax.draw import Sampling
 from ntjax.models import Model
@@ -47,6 +49,7 @@ class Completion:
     finished: str
 
 
+log = logging.getLogger(__name__)
 Group = tuple[int, list[Completion]]  # a prompt's place, and its completions
 
 
@@ -54,7 +57,8 @@ class Sampler:
     """(weights, prompts) -> completions, by programs that are compiled once for a length of prompts.
 
     `slots` rows decode at a time, split over the devices of the model's layout; a group of rows shares its prompt's
-    cache. A tokenizer is needed for stop strings, a `vision` for prompts that show pictures.
+    cache. A tokenizer is needed for stop strings, a `vision` for prompts that show pictures. `weights` are "copied" as
+    products have them, once for all tokens, read as they are "held", or ("auto") copied where the devices have room.
     """
 
     def __init__(
@@ -63,12 +67,14 @@ class Sampler:
         sampling: Sampling,
         *,
         slots: int = 64,
+        weights: str = "auto",
         tokenizer: Any = None,
         vision: Pooling | None = None,
     ):
         assert tokenizer is not None or not sampling.stop_strings
         self.model, self.sampling, self.slots = model, sampling, slots
         self.tokenizer, self.vision = tokenizer, vision
+        self.copied = None if weights == "auto" else weights == "copied"
 
     def __call__(
         self,
@@ -104,7 +110,13 @@ class Sampler:
             self.slots, group, len(prompts), longest, self.sampling.max_new_tokens, devices=devices
         )
         slots, first = shape.all_slots, first_row
-        compiled = programs(self.model, self.sampling, shape)
+        if self.copied is None:
+            self.copied = hosts.of_first(lambda: self._has_room(params, shape))
+            if not self.copied:
+                log.info(
+                    "no room for copies of the weights: completions are drawn from those that are held, slower"
+                )
+        compiled = programs(self.model, self.sampling, shape, self.copied)
         state, (own, layers) = compiled.empty(), compiled.copies(params)
         params = params | own
         waiting = iter(enumerate(prompts))
@@ -135,6 +147,15 @@ class Sampler:
                     complete.append((number, rows))
                     done, held[slot] = done + 1, None
         yield from complete
+
+    def _has_room(self, params: Params, shape: Shape) -> bool:
+        """Whether this process's devices have room for copies of the weights, beside what is there now."""
+        layout = self.model.layout
+        found = memory.now(layout.mesh.local_devices if layout else jax.local_devices()[:1])
+        if found is None:  # XLA for CPUs makes such copies in any case, in every call
+            return True
+        state = jax.eval_shape(programs(self.model, self.sampling, shape).empty)
+        return memory.for_copies(self.model, params, state, *found)
 
     def _stopped(self, state: State, read: Told, held: Sequence[int | None], group: int) -> State:
         """Rows whose text has come to a stop string are done, on the device too."""

@@ -10,7 +10,7 @@ K key/value heads, h head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as Order
 from jax.sharding import PartitionSpec
 
+from ntjax.compiling import for_decoding
 from ntjax.draw import Sampling, draw
 from ntjax.layout import Layout
 from ntjax.mesh import MANUAL, replicated
@@ -122,17 +123,24 @@ class Programs(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def programs(model: Model, sampling: Sampling, shape: Shape) -> Programs:
-    """Those that fill slots and decode them."""
+def programs(model: Model, sampling: Sampling, shape: Shape, copied: bool = True) -> Programs:
+    """Those that fill slots and decode them: with copies of the weights (`Model.copies`), or with the weights as they
+    are held, layer after layer out of their stack."""
+    model = model if copied else replace(model, looped=True)
     slots, layout = _Slots(model, sampling, shape), model.layout
     where, whole = None, None
     if layout is not None:
         where, whole = formats(jax.eval_shape(slots.empty), layout), replicated(layout.mesh)
     return Programs(
         jax.jit(slots.empty, out_shardings=where),
-        jax.jit(model.copies),
+        jax.jit(model.copies) if copied else lambda params: ({}, None),
         jax.jit(slots.fill, donate_argnums=1, out_shardings=where),
-        jax.jit(slots.decode, donate_argnums=2, out_shardings=(where, whole)),
+        jax.jit(
+            slots.decode,
+            donate_argnums=2,
+            out_shardings=(where, whole),
+            compiler_options=for_decoding(model.platform),
+        ),
     )
 
 
@@ -271,8 +279,8 @@ class _Slots:
         )
 
     def decode(self, params: Params, layers: Any, state: State, enough: jax.Array) -> tuple[State, Told]:
-        """The state some tokens later, at most `STEPS`: when `enough` slots have nothing to draw. Weights and `layers`
-        are as `Model.copies` has them."""
+        """The state some tokens later, at most `STEPS`: when `enough` slots have nothing to draw. The weights are those
+        that `copies` gave, over those that are held."""
         head, shape = self.model.head(params), self.shape
         layers = self.model.layers(params) if layers is None else layers
 

@@ -297,13 +297,33 @@ def dense(w: Any, dtype: Any) -> jax.Array:
 
 
 def narrowed(w: Any, spec: Spec, dtype: Any) -> Any:
-    """The weight with a matrix in the dtype that it is cast to where it is used, if that is narrower. What an adapter
-    is around is one too, but for DoRA's, whose length is taken in fp32."""
-    if isinstance(w, Adapted) and w.magnitude is None:
-        base = narrowed(w.base, spec, dtype)
-        return w if base is w.base else w.replace(base=base)  # type: ignore[attr-defined]
-    plain = isinstance(w, jax.Array) and spec.is_matrix
-    return w.astype(dtype) if plain and jnp.dtype(dtype).itemsize < w.dtype.itemsize else w
+    """The weight with a matrix in the dtype that it is cast to where it is used, if that is narrower."""
+
+    def cast(x: Any) -> Any:
+        plain = isinstance(x, jax.Array) and spec.is_matrix
+        return x.astype(dtype) if plain and jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
+
+    return _within(w, cast)
+
+
+def formed(w: Any, spec: Spec, dtype: Any) -> Any:
+    """`narrowed`, and with codes dequantised: as products have it, ready for many of them."""
+
+    def dequantised(x: Any) -> Any:
+        if not isinstance(x, FourBit | EightBit):
+            return narrowed(x, spec, dtype)
+        # One layer at a time: what is between codes and numbers is several times as large.
+        return jax.lax.map(lambda layer: layer.dense(dtype), x) if spec.stacked else x.dense(dtype)
+
+    return _within(w, dequantised)
+
+
+def _within(w: Any, change: Callable[[Any], Any]) -> Any:
+    """`change` of the weight, or of what its adapter is around; but for DoRA's, whose lengths are taken in fp32."""
+    if not isinstance(w, Adapted):
+        return change(w)
+    base = w.base if w.magnitude is not None else change(w.base)
+    return w if base is w.base else w.replace(base=base)  # type: ignore[attr-defined]
 
 
 def _matrix(w: jax.Array, split: int, dtype: Any) -> jax.Array:

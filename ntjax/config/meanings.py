@@ -215,6 +215,7 @@ STAGES = {
         "repetition_penalty": "above 1, tokens that were there already become less likely",
         "stop_strings": "texts that end a completion",
         "sampler_slots": "completions that a device decodes at a time",
+        "sampler_weights": "copied as products have them, once a window; or as they are held; auto where there is room",
         "generate_ahead": "draw the next window before this one is trained on; its rewards are then not waited for",
         "generation_kwargs": "the settings of drawing as a table",
         "chat_template_kwargs": "passed to the chat template with every prompt",

@@ -19,12 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ntjax.config import Config
 from ntjax.errors import InputMissing
 from ntjax.estimate import shapes
-from ntjax.estimate.shapes import Shape, Weights, at, held
+from ntjax.estimate.shapes import Shape, Weights, at
 from ntjax.hf.files import read_config
 from ntjax.hf.hub import locate
 from ntjax.layout import Layout
 from ntjax.loop import fetching, stage_step
 from ntjax.marks import UNIT
+from ntjax.memory import for_copies, held
 from ntjax.mesh import MANUAL, ROWS, on_host, replicated
 from ntjax.models import Model, build, is_scoring, scoring_config
 from ntjax.models.vision.pictures import Pictures
@@ -72,12 +73,13 @@ class Program:
 
 @dataclass(frozen=True)
 class Programs:
-    """Of one stage on one mesh. `hf` is the config.json it starts from."""
+    """Of one stage on one mesh. `hf` is the config.json it starts from, `memory` the bytes of a device, if known."""
 
     config: Config
     stage: StageConfig
     hf: dict[str, Any]
     layout: Layout
+    memory: float | None = None
 
     def __iter__(self) -> Iterator[Program]:
         """All that the stage runs, the step that trains first."""
@@ -198,7 +200,8 @@ class Programs:
         prompts = shape.completions // shape.group
         longest, tokens = stage.max_length, stage.completion_length
         size = Slots.of(stage.sampler_slots * devices, shape.group, prompts, longest, tokens, devices=devices)
-        compiled = sampler_programs(model, stage.sampling((2,)), size)
+        taken = sum(around.values()) + held(params) * layout.gathers
+        compiled = self._sampler(stage, model, params, size, taken)
         state = jax.eval_shape(compiled.empty)
         state = jax.tree.map(at, state, formats(state, layout))
         rows, whole = NamedSharding(layout.mesh, PartitionSpec(MANUAL)), replicated(layout.mesh)
@@ -226,6 +229,16 @@ class Programs:
         apart = {path: w for path, w in filled.items() if layers is None or not path.startswith("blocks.")}
         given = filled, layers, state, one
         yield Program("decode", compiled.decode, given, *lying((apart, layers)), rows_drawn, written)
+
+    def _sampler(
+        self, stage: RolloutConfig, model: Model, params: Params, size: Slots, taken: int
+    ) -> Sampler:
+        """Its programs, with weights as `ntjax.sampler` will have them."""
+        made = partial(sampler_programs, model, stage.sampling((2,)), size)
+        copied = stage.sampler_weights != "held"
+        if stage.sampler_weights == "auto" and self.memory is not None:
+            copied = for_copies(model, params, jax.eval_shape(made().empty), self.memory, taken)
+        return made(copied)
 
     def _gathered(self, model: Model, params: Params) -> Params:
         """As `Layout.gathered` leaves the model's own."""

@@ -15,7 +15,7 @@ from ntjax import lora, parts
 from ntjax.config import Config
 from ntjax.layout import Layout
 from ntjax.marks import UNIT
-from ntjax.mesh import HOST, ROWS
+from ntjax.mesh import ROWS
 from ntjax.models import DecoderConfig, Model
 from ntjax.params import Params, Spec, Specs, weight
 from ntjax.policy import VALUE, quantisable, quantiser
@@ -180,12 +180,3 @@ def placed(params: Params, specs: Specs, layout: Layout, parted: bool | None = N
 def at(x: Any, place: Any) -> Shape:
     """The shape in its place."""
     return Shape(x.shape, x.dtype, sharding=place)
-
-
-def held(tree: Any) -> int:
-    """Bytes that a device has of the arrays of a tree; what lies in the host's memory it doesn't have."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-        if x.sharding.memory_kind != HOST and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    )

@@ -22,7 +22,7 @@ from ntjax.ops.attention import Kept, Tokens
 from ntjax.ops.logprobs import Likelihood, TokenLogprobs, likelihood, token_logprobs
 from ntjax.parallel import over_rows
 from ntjax.params import Params, Specs
-from ntjax.weights import narrowed, whole
+from ntjax.weights import formed, whole
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,18 @@ class Model:
         return hidden, self._parted(kept)
 
     @property
+    def platform(self) -> str:
+        """Of the devices that programs are for."""
+        return self.layout.mesh.devices.flat[0].platform if self.layout else jax.default_backend()
+
+    @property
     def parts(self) -> list[Any]:
         """The layers as decoding takes them, as indices into their stack: all at once, or one by one.
 
         A TPU's matmuls read a layer's weights where they lie in a stack. For a CPU's and a GPU's they would be copied
         out of it at every token.
         """
-        looped = _platform(self.layout) == "tpu" if self.looped is None else self.looped
+        looped = self.platform == "tpu" if self.looped is None else self.looped
         return [slice(None)] if looped else list(range(self.config.layers))
 
     def _parted(self, stack: Any) -> list[Any]:
@@ -132,13 +137,13 @@ class Model:
 
     def copies(self, params: Params) -> tuple[Params, list[Any] | None]:
         """What is worth a copy before tokens are decoded, each of which reads all weights: matrices that are held in a
-        wider dtype than is computed in, and the `layers` where they are taken one by one (else None)."""
+        wider dtype than is computed in, or quantised, and the `layers` where they are taken one by one (else None)."""
         specs, dtype = self.specs, self.config.dtype
         read = [path for path in specs if path == self._head or path.startswith("blocks.")]
-        narrow = {path: narrowed(params[path], specs[path], dtype) for path in read}
-        layers = self.layers(params | narrow) if len(self.parts) > 1 else None
+        ready = {path: formed(params[path], specs[path], dtype) for path in read}
+        layers = self.layers(params | ready) if len(self.parts) > 1 else None
         kept = read if layers is None else [self._head]
-        return {path: narrow[path] for path in kept if narrow[path] is not params[path]}, layers
+        return {path: ready[path] for path in kept if ready[path] is not params[path]}, layers
 
     def decode(
         self, params: Params, layers: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache
@@ -186,8 +191,3 @@ def _on(layout: Layout | None) -> AbstractContextManager[Any]:
     if layout is None or layout.mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
         return nullcontext()
     return jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh)
-
-
-def _platform(layout: Layout | None) -> str:
-    """Of the devices that programs are for."""
-    return layout.mesh.devices.flat[0].platform if layout else jax.default_backend()

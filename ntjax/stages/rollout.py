@@ -91,6 +91,7 @@ class RolloutConfig(StageConfig):
     repetition_penalty: float = setting(1.0, above=0)
     stop_strings: tuple[str, ...] = setting(())
     sampler_slots: int = setting(64, at_least=1, aliases=("local_rollout_forward_batch_size",))
+    sampler_weights: str = setting("auto", choices=("auto", "copied", "held"))
     generate_ahead: bool = setting(False)  # one window: by the policy as it was a window before
     generation_kwargs: dict[str, Any] = setting({})
     chat_template_kwargs: dict[str, Any] = setting({})

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from ntjax import trainer
+from ntjax import memory, trainer
 from ntjax.config import load_config
 from ntjax.estimate import shapes
 from ntjax.estimate.chips import CHIPS
@@ -106,9 +106,9 @@ def test_weights_and_optimizer(kind: str, mesh: dict[str, Any], folder: Path) ->
     assert told(weights.trainable) == told(made.layout.put(policy.trainable, policy.specs))
     assert weights.specs == policy.specs
     state = made.train(made.model, weights).arguments[0]
-    held = sum(shapes.held(tree) for tree in (weights.trainable, weights.frozen))
+    held = sum(memory.held(tree) for tree in (weights.trainable, weights.frozen))
     train = next(iter(made))
-    assert train.held == {"weights": held, "optimizer": shapes.held(state.opt_state)}
+    assert train.held == {"weights": held, "optimizer": memory.held(state.opt_state)}
 
 
 @pytest.mark.parametrize("kind", some(STAGES, ["sft", "dpo", "grpo"]))
@@ -163,6 +163,6 @@ def test_what_lies_beside_a_program_is_told(folder: Path) -> None:
 @pytest.mark.parametrize("kind", STAGES)
 def test_every_stage_can_be_planned_on_paper(kind: str, model: str, folder: Path) -> None:
     one = programs(config_of(folder, kind, {**MODELS[model], "attention": "blocked"}, {"zero_stage": 3}))
-    for memory, short in ((1e3, True), (1e15, False)):
-        chip = replace(CHIPS["h100"], memory=memory)
+    for size, short in ((1e3, True), (1e15, False)):
+        chip = replace(CHIPS["h100"], memory=size)
         assert (shortage(one, Target("small", jax.devices(), chip)) is not None) == short
