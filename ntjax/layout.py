@@ -21,7 +21,7 @@ from ntjax.mesh import AXES, FSDP, HOST, SEQUENCE, TENSOR, row_groups
 from ntjax.params import Params, Spec, Specs
 from ntjax.quantised import EightBit, FourBit, in_words
 from ntjax.turned import Turned, turned
-from ntjax.weights import Adapted, narrowed, whole
+from ntjax.weights import Adapted, Flat, whole
 
 # Axis of a weight -> axis of the mesh.
 RULES: Mapping[str, str] = {
@@ -117,6 +117,10 @@ class Layout:
                 key=None if w.key is None else PartitionSpec(),
             )
         axes = self._axes(spec, parted)
+        if isinstance(w, Flat):
+            lead, ends = len(spec.stacked), len(spec.stacked) + len(spec.outputs)
+            sides = [tuple(filter(None, side)) or None for side in (axes[lead:ends], axes[ends:])]
+            return w.replace(matrix=PartitionSpec(*axes[:lead], *sides))  # type: ignore[attr-defined]
         if isinstance(w, EightBit):
             scale = self._named((*spec.stacked, *spec.outputs), False)
             return w.replace(codes=PartitionSpec(*axes), scale=PartitionSpec(*scale))  # type: ignore[attr-defined]
@@ -201,15 +205,16 @@ class Layout:
             for path, w in gradients.items()
         }
 
-    def gathered(self, params: Params, specs: Specs, dtype: str) -> Params:
-        """The weights on the devices with no part of them along `fsdp` missing, as the sampler wants them."""
+    def gathered(self, params: Params, specs: Specs, ready: Callable[[str, Any], Any]) -> Params:
+        """The weights on the devices with no part of them along `fsdp` missing, as `ready(path, w)` has them."""
         if not self.gathers:
             return params
 
         def gather(params: Params) -> Params:
-            return {path: narrowed(whole(w), specs[path], dtype) for path, w in params.items()}
+            return {path: ready(path, whole(w)) for path, w in params.items()}
 
-        return jax.jit(gather, out_shardings=self.shardings(params, specs, parted=False))(params)
+        places = self.shardings(jax.eval_shape(gather, params), specs, parted=False)
+        return jax.jit(gather, out_shardings=places)(params)
 
 
 def placing(layout: Layout, specs: Specs) -> dict[str, Any]:

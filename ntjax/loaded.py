@@ -173,7 +173,7 @@ class LoadedModel:
         together = slots * self.layout.rows * self.layout.sequence
         words = {"tokenizer": self.tokenizer, "vision": self.vision}
         sampler = Sampler(self.model, self.sampling(**drawn), slots=together, **words)
-        params = self.layout.gathered(self.params, self.specs, self.dtype)
+        params = self.model.gathered(self.params)
         numbered = {"group": num_completions, "seed": seed, "first_row": first_row}
         return sampler(params, prompts, **numbered, progress=progress)
 

@@ -194,9 +194,7 @@ class Rollouts:
 
     def _joined(self, policy: Weights) -> Params:
         """The policy's weights as the sampler reads them token after token: none is on another row's device."""
-        params = self.join(policy.frozen, policy.trainable, None)
-        model, layout = self.setup.model, self.setup.layout
-        return layout.gathered({path: params[path] for path in model.specs}, model.specs, model.config.dtype)
+        return self.setup.model.gathered(self.join(policy.frozen, policy.trainable, None))
 
     def _arrays(self, drawn: Drawn) -> dict[str, np.ndarray]:
         """Prompts and completions as the model reads them, in rows whose lengths are few over a run."""

@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec
 
 from ntjax.compiling import for_decoding
 from ntjax.draw import Sampling, draw
-from ntjax.layout import Layout
 from ntjax.mesh import MANUAL, replicated
 from ntjax.models import Cache, Model
 from ntjax.models.vision.pictures import Pictures
@@ -34,8 +33,8 @@ from ntjax.weights import einsum
 BUCKET = 32  # prompt and completion lengths are rounded up to this times a power of two: few programs
 STEPS = 32  # tokens that are decoded before the host looks, or fewer: until a quarter of the slots can be refilled
 READ = 2**14  # tokens of prompts that are read at once
-# Platform -> the order in memory of what rows wrote, [L, R, K, S, h], if it isn't that of the axes. On TPUs XLA
-# writes a column that lies together: in another order all columns would be copied before and after each call.
+# Platform -> the order in memory of what rows wrote, [L, R, K, S, h], where each query has keys of its own and it isn't
+# that of the axes: as XLA reads it, else it would copy all of it before and after each call.
 ORDERS = {"tpu": (0, 3, 2, 1, 4)}
 
 
@@ -130,7 +129,7 @@ def programs(model: Model, sampling: Sampling, shape: Shape, copied: bool = True
     slots, layout = _Slots(model, sampling, shape), model.layout
     where, whole = None, None
     if layout is not None:
-        where, whole = formats(jax.eval_shape(slots.empty), layout), replicated(layout.mesh)
+        where, whole = formats(model, jax.eval_shape(slots.empty)), replicated(layout.mesh)
     return Programs(
         jax.jit(slots.empty, out_shardings=where),
         jax.jit(model.copies) if copied else lambda params: ({}, None),
@@ -144,10 +143,12 @@ def programs(model: Model, sampling: Sampling, shape: Shape, copied: bool = True
     )
 
 
-def formats(state: State, layout: Layout) -> State:
-    """Where each array of a state lies on the devices, and in what order."""
+def formats(model: Model, state: State) -> State:
+    """Where each array of a state lies on the devices of the model's layout, and in what order."""
+    layout, config = model.layout, model.config
+    assert layout is not None
     places = layout.placed(partitions(state, MANUAL, layout.axis("kv_heads")))
-    order = ORDERS.get(layout.mesh.devices.flat[0].platform)
+    order = ORDERS.get(model.platform) if config.heads == config.kv_heads else None
     if order is None or not state.cache.layers[0].stacked:
         return places
     layers = tuple(

@@ -1,6 +1,7 @@
 """The one place where a weight meets an activation.
 
-A weight is a plain array, a quantised one (`ntjax.quantised`) or either with a LoRA adapter around it. `einsum` and
+A weight is a plain array, a quantised one (`ntjax.quantised`) or either with a LoRA adapter around it; for decoding
+also a matrix in an array's place. `einsum` and
 `dense` alone know the difference; no model does. Quantised and adapted weights are pytree nodes whose leaves all have
 the stacked axes in front, so a scan over layers slices them as it slices arrays. Any of the arrays may be a part of
 what several devices hold together (`Parted`), or lie in the host's memory, as its type says: it is fetched and put
@@ -250,6 +251,29 @@ class Adapted:
         return jnp.where(self.scale == 0, 1.0, length).astype(dtype)
 
 
+@struct.dataclass
+class Flat:
+    """A matrix in place of an array of more axes. TPUs lay out the last two axes in tiles: an array whose inputs are
+    heads and head_dim is laid out anew before each product by it."""
+
+    matrix: jax.Array  # [.., O, I]
+    axes: tuple[int, ...] = struct.field(pytree_node=False)  # (*outputs, *inputs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array it stands for."""
+        return (*self.matrix.shape[:-2], *self.axes)
+
+    @property
+    def ndim(self) -> int:
+        """Of the array it stands for."""
+        return len(self.shape)
+
+    def dense(self, dtype: Any) -> jax.Array:
+        """That array."""
+        return self.matrix.reshape(self.shape).astype(dtype)
+
+
 def einsum(equation: str, x: jax.Array, w: Any) -> jax.Array:
     """`jnp.einsum(equation, x, w)` in the dtype of `x`, for x = (batch..., inputs...) and w = (outputs..., inputs...).
 
@@ -274,6 +298,9 @@ def product(rows: jax.Array, w: Any, split: int) -> jax.Array:
         return w.product(rows, split)
     if isinstance(w, FourBit | EightBit):
         return _formed_again(partial(_by_codes, split=split))(rows, w)
+    if isinstance(w, Flat):
+        # Else XLA for TPUs would shape the product as its users want it, and copy the matrix for that.
+        return jax.lax.optimization_barrier(narrow.product(rows, w.matrix.astype(rows.dtype)))
     return narrow.product(rows, _matrix(w, split, rows.dtype))
 
 
@@ -293,7 +320,7 @@ def _by_codes(rows: jax.Array, w: FourBit | EightBit, split: int) -> jax.Array:
 def dense(w: Any, dtype: Any) -> jax.Array:
     """The plain array that a weight stands for: put together, dequantised, the adapter merged."""
     w = whole(w)
-    return w.dense(dtype) if isinstance(w, Adapted | FourBit | EightBit) else w.astype(dtype)
+    return w.dense(dtype) if isinstance(w, Adapted | Flat | FourBit | EightBit) else w.astype(dtype)
 
 
 def narrowed(w: Any, spec: Spec, dtype: Any) -> Any:
@@ -306,16 +333,28 @@ def narrowed(w: Any, spec: Spec, dtype: Any) -> Any:
     return _within(w, cast)
 
 
-def formed(w: Any, spec: Spec, dtype: Any) -> Any:
-    """`narrowed`, and with codes dequantised: as products have it, ready for many of them."""
+def dequantised(w: Any, spec: Spec, dtype: Any) -> Any:
+    """The weight with numbers in place of codes, formed a layer at a time: what is between them is several times as
+    large."""
 
-    def dequantised(x: Any) -> Any:
+    def formed(x: Any) -> Any:
         if not isinstance(x, FourBit | EightBit):
-            return narrowed(x, spec, dtype)
-        # One layer at a time: what is between codes and numbers is several times as large.
+            return x
         return jax.lax.map(lambda layer: layer.dense(dtype), x) if spec.stacked else x.dense(dtype)
 
-    return _within(w, dequantised)
+    return _within(w, formed)
+
+
+def flat(w: Any, spec: Spec) -> Any:
+    """The weight with an array of more than two axes, stacked ones aside, as a matrix."""
+
+    def laid_out(x: Any) -> Any:
+        lead = len(spec.stacked)
+        if not (isinstance(x, jax.Array) and spec.linear and x.ndim - lead > 2):
+            return x
+        return Flat(x.reshape(*x.shape[:lead], *spec.matrix), x.shape[lead:])
+
+    return _within(w, laid_out)
 
 
 def _within(w: Any, change: Callable[[Any], Any]) -> Any:

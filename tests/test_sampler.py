@@ -176,7 +176,10 @@ def test_weights_are_cast_once_for_all_tokens_to_the_dtype_that_is_computed_in(
     own, layers = jax.jit(model.copies)(params)
     matrices = {path for path, spec in model.specs.items() if spec.is_matrix}
     assert own.keys() == (matrices - ({"embed"} - {model._head}) if looped else {model._head})
-    assert {w.dtype for w in own.values()} == {jnp.dtype("bfloat16")}
+    assert {w.dtype for w in jax.tree.leaves(own)} == {jnp.dtype("bfloat16")}
+    assert {w.ndim for w in jax.tree.leaves(own) if w is not own.get(model._head)} == (
+        {3} if looped else set()
+    )
     dtypes = [w.dtype for w in jax.tree.leaves(layers) if w.ndim > 1]
     assert dtypes == ([] if looped else [jnp.dtype("bfloat16")] * len(dtypes))
     assert jax.jit(model.copies)(params | own)[0] == {}
@@ -213,7 +216,7 @@ def test_prompts_are_sent_to_no_other_device(sizes: dict[str, int], looped: bool
     layout = over(**sizes)
     _, model, params = tiny()
     model = replace(model, layout=layout, looped=looped)
-    params = layout.gathered(layout.put(params, model.specs), model.specs, "float32")
+    params = model.gathered(layout.put(params, model.specs))
     shape = Shape.of(64, 2, 32, 60, 20, devices=8)
     assert shape == Shape(devices=8, slots=4, group=2, time=64, columns=32)
     compiled = slots.programs(model, FREE, shape)

@@ -38,7 +38,6 @@ from ntjax.slots import programs as sampler_programs
 from ntjax.stages.base import StageConfig
 from ntjax.stages.rollout import RolloutConfig
 from ntjax.step import TrainState
-from ntjax.weights import narrowed
 
 STEPS = 1000  # of the schedule, which changes no program
 TRAIN = "train"
@@ -203,7 +202,7 @@ class Programs:
         taken = sum(around.values()) + held(params) * layout.gathers
         compiled = self._sampler(stage, model, params, size, taken)
         state = jax.eval_shape(compiled.empty)
-        state = jax.tree.map(at, state, formats(state, layout))
+        state = jax.tree.map(at, state, formats(model, state))
         rows, whole = NamedSharding(layout.mesh, PartitionSpec(MANUAL)), replicated(layout.mesh)
         count, ints = size.most * devices, partial(Shape, dtype=jnp.int32)
         each, one = ints((count,), sharding=whole), ints((), sharding=whole)
@@ -241,11 +240,10 @@ class Programs:
         return made(copied)
 
     def _gathered(self, model: Model, params: Params) -> Params:
-        """As `Layout.gathered` leaves the model's own."""
-        params, dtype = {path: params[path] for path in model.specs}, model.config.dtype
+        """As `Model.gathered` leaves them."""
+        params = {path: params[path] for path in model.specs}
         if self.layout.gathers:
-            narrow = {path: partial(narrowed, spec=spec, dtype=dtype) for path, spec in model.specs.items()}
-            params = {path: jax.eval_shape(narrow[path], w) for path, w in params.items()}
+            params = {path: jax.eval_shape(partial(model.ready, path), w) for path, w in params.items()}
         return shapes.placed(params, model.specs, self.layout, parted=False)
 
     def _rewarding(self, stage: RolloutConfig, around: dict[str, int]) -> Program:

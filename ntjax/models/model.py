@@ -22,7 +22,7 @@ from ntjax.ops.attention import Kept, Tokens
 from ntjax.ops.logprobs import Likelihood, TokenLogprobs, likelihood, token_logprobs
 from ntjax.parallel import over_rows
 from ntjax.params import Params, Specs
-from ntjax.weights import formed, whole
+from ntjax.weights import dequantised, flat, narrowed, whole
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,23 @@ class Model:
         """The weights of each of the `parts`, for `decode`."""
         return self._parted(nnx.split(self.bind(params).blocks)[1])
 
+    def gathered(self, params: Params) -> Params:
+        """The model's own of the weights, with no part of them on devices that have other rows."""
+        params = {path: params[path] for path in self.specs}
+        return params if self.layout is None else self.layout.gathered(params, self.specs, self.ready)
+
+    def ready(self, path: str, w: Any) -> Any:
+        """A weight as decoding multiplies by it: in the dtype that is computed in, in a stack as a matrix."""
+        w, stacked = narrowed(w, self.specs[path], self.config.dtype), len(self.parts) == 1
+        return flat(w, self.specs[path]) if stacked and path.startswith("blocks.") else w
+
     def copies(self, params: Params) -> tuple[Params, list[Any] | None]:
-        """What is worth a copy before tokens are decoded, each of which reads all weights: matrices that are held in a
-        wider dtype than is computed in, or quantised, and the `layers` where they are taken one by one (else None)."""
+        """What is worth a copy before tokens are decoded, each of which reads all weights: those that are quantised or
+        aren't `ready`, and the `layers` where they are taken one by one (else None)."""
         specs, dtype = self.specs, self.config.dtype
         read = [path for path in specs if path == self._head or path.startswith("blocks.")]
-        ready = {path: formed(params[path], specs[path], dtype) for path in read}
+        numbers = {path: dequantised(params[path], specs[path], dtype) for path in read}
+        ready = {path: self.ready(path, w) for path, w in numbers.items()}
         layers = self.layers(params | ready) if len(self.parts) > 1 else None
         kept = read if layers is None else [self._head]
         return {path: ready[path] for path in kept if ready[path] is not params[path]}, layers

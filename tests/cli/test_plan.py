@@ -203,3 +203,12 @@ def test_a_token_on_a_gpu_reads_weights_once() -> None:
     (decode,) = (one for one in programs if one["program"] == "decode")
     assert decode["memory"]["weights"] < 1.1 * 2 * 6.74e9
     assert decode["moved"] < 1.3 * (decode["memory"]["weights"] + decode["memory"]["cache"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu isn't installed")
+def test_a_token_on_a_tpu_reads_weights_and_cache_once() -> None:
+    """Out of the stacks that they lie in."""
+    _, programs, _ = plan("configs/plan/llama3_8b_grpo.toml", "--topology", "v5p:2x2x1")
+    (decode,) = (one for one in programs if one["program"] == "decode")
+    assert decode["moved"] < decode["memory"]["sampler's weights"] + decode["memory"]["cache"]
