@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ntjax.elsewhere import whole
 from ntjax.errors import ConfigError
 from ntjax.mesh import AXES, FSDP, HOST, SEQUENCE, TENSOR, row_groups
 from ntjax.params import Params, Spec, Specs
 from ntjax.quantised import EightBit, FourBit, in_words
 from ntjax.turned import Turned, turned
-from ntjax.weights import Adapted, Flat, whole
+from ntjax.weights import Adapted, Flat
 
 # Axis of a weight -> axis of the mesh.
 RULES: Mapping[str, str] = {

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntjax.elsewhere import whole
 from ntjax.errors import ConfigError
 from ntjax.params import Params, Spec, Specs, unused, weight
 from ntjax.targets import Where, modules, rules
-from ntjax.weights import Adapted, dense, whole
+from ntjax.weights import Adapted, dense
 
 if TYPE_CHECKING:
     from ntjax.config import LoraConfig

@@ -1,7 +1,7 @@
 """How a model runs on the parts of its weights.
 
 Under `shard_map` each device has its own rows and tokens, and fetches the other parts of a weight where the weight
-meets an activation (`weights.Parted`), so that the collectives are those that are written down: gathers of weights,
+meets an activation (`elsewhere.Parted`), so that the collectives are those that are written down: gathers of weights,
 their transposes for gradients, nothing for activations. Only `tensor` is left to XLA, which finds from the weights'
 shardings what Megatron writes by hand (arXiv:1909.08053). What comes before and after the model, a few numbers a
 token, is left to XLA too.
@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ntjax.elsewhere import Parted
 from ntjax.layout import Layout
 from ntjax.mesh import FSDP, MANUAL, ROWS, SEQUENCE
 from ntjax.params import Params, Spec, Specs
-from ntjax.weights import Parted
 
 
 def over_rows(
@@ -63,8 +63,8 @@ def over_rows(
 
 
 def neighbours(mesh: Mesh) -> int:
-    """How many devices along `fsdp` gather first (`weights.Parted`): those along a dimension of a TPU's slice of two or
-    three, where all at once would be compiled to sums over all devices, which send twice as much."""
+    """How many devices along `fsdp` gather first (`elsewhere.Parted`): those along a dimension of a TPU's slice of two
+    or three, where all at once would be compiled to sums over all devices, which send twice as much."""
     devices, count = mesh.devices.flat, mesh.shape[FSDP]
     if devices[0].platform != "tpu" or count < mesh.size:
         return 1

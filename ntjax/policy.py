@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from ntjax import lora
 from ntjax.config import ModelConfig
+from ntjax.elsewhere import whole
 from ntjax.errors import BadData, ConfigError
 from ntjax.hf.folder import HARMLESS, Quantise, load_params, open_weights
 from ntjax.hf.peft import load_adapter
@@ -30,7 +31,7 @@ from ntjax.params import Params, Specs, initial, unused, weight
 from ntjax.quantised import EightBit, FourBit, Kind, quantise_4bit, quantise_8bit
 from ntjax.step import Join, union
 from ntjax.targets import Where
-from ntjax.weights import dense, whole
+from ntjax.weights import dense
 
 VALUE, VALUE_FILE = "value", "value_head.safetensors"
 LANGUAGE_HEAD = r"^lm_head\.weight$"

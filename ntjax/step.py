@@ -20,10 +20,10 @@ import optax
 from flax import struct
 
 from ntjax import narrow
+from ntjax.elsewhere import steads, trained, whole
 from ntjax.metrics import Mean, Metrics
 from ntjax.optim import Schedule
 from ntjax.params import Params
-from ntjax.weights import steads, trained, whole
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[Params, Batch], Metrics]

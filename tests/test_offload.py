@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from ntjax import mesh as meshes
 from ntjax.config import load_config
+from ntjax.elsewhere import FAR, NEAR
 from ntjax.errors import ConfigError
 from ntjax.estimate.programs import Programs
 from ntjax.layout import Layout
@@ -25,7 +26,6 @@ from ntjax.params import initial
 from ntjax.pipeline import run
 from ntjax.prepare import layout_of
 from ntjax.quantised import in_words, quantise_4bit, quantise_8bit
-from ntjax.weights import FAR, NEAR
 from tests.cases import some
 from tests.cli.process import write_rows
 from tests.tiny import tiny_model

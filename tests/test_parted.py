@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from ntjax.elsewhere import Parted
 from ntjax.mesh import make_mesh
 from ntjax.ops.remat import rematerialised
 from ntjax.parallel import neighbours
-from ntjax.weights import Parted, product
+from ntjax.weights import product
 
 FSDP = PartitionSpec("fsdp")
 WEIGHT = PartitionSpec(None, "fsdp")

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from ntjax.elsewhere import whole
 from ntjax.models.vision.pictures import Pictures, Vision
 from ntjax.ops.attention import Kept, Tokens
 from ntjax.ops.norms import rms_norm
 from ntjax.ops.remat import rematerialised
 from ntjax.ops.rope import Rope, rotations
 from ntjax.params import weight
-from ntjax.weights import whole
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ntjax.elsewhere import whole
 from ntjax.layout import Layout
 from ntjax.models.decoder import Cache, Decoder, DecoderConfig
 from ntjax.models.vision.pictures import Pictures
@@ -22,7 +23,7 @@ from ntjax.ops.attention import Kept, Tokens
 from ntjax.ops.logprobs import Likelihood, TokenLogprobs, likelihood, token_logprobs
 from ntjax.parallel import over_rows
 from ntjax.params import Params, Specs
-from ntjax.weights import dequantised, flat, narrowed, whole
+from ntjax.weights import dequantised, flat, narrowed
 
 
 @dataclass(frozen=True)
