@@ -33,9 +33,12 @@ from ntjax.weights import einsum
 BUCKET = 32  # prompt and completion lengths are rounded up to this times a power of two: few programs
 STEPS = 32  # tokens that are decoded before the host looks, or fewer: until a quarter of the slots can be refilled
 READ = 2**14  # tokens of prompts that are read at once
-# Platform -> the order in memory of what rows wrote, [L, R, K, S, h], where each query has keys of its own and it isn't
-# that of the axes: as XLA reads it, else it would copy all of it before and after each call.
-ORDERS = {"tpu": (0, 3, 2, 1, 4)}
+# Platform -> the order in memory of keys and of values that rows wrote, [L, R, K, S, h] in a stack, else [R, K, S, h],
+# where each query has keys of its own: as XLA reads them, else it would copy all of them before and after each call.
+ORDERS = {
+    "tpu": ((0, 3, 2, 1, 4), (0, 3, 2, 1, 4)),
+    "gpu": ((1, 0, 2, 3), (1, 0, 3, 2)),
+}
 
 
 @struct.dataclass
@@ -148,12 +151,12 @@ def formats(model: Model, state: State) -> State:
     layout, config = model.layout, model.config
     assert layout is not None
     places = layout.placed(partitions(state, MANUAL, layout.axis("kv_heads")))
-    order = ORDERS.get(model.platform) if config.heads == config.kv_heads else None
-    if order is None or not state.cache.layers[0].stacked:
+    orders = ORDERS.get(model.platform) if config.heads == config.kv_heads else None
+    if orders is None or len(orders[0]) != state.cache.layers[0].own[0].ndim:
         return places
+    k, v = map(Order, orders)
     layers = tuple(
-        Kept(kept.prompt, jax.tree.map(lambda place: Format(Order(order), place), kept.own))
-        for kept in places.cache.layers
+        kept._replace(own=(Format(k, kept.own[0]), Format(v, kept.own[1]))) for kept in places.cache.layers
     )
     return places.replace(cache=places.cache.replace(layers=layers))
 

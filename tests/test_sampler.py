@@ -43,14 +43,14 @@ FREE = Sampling(max_new_tokens=20, temperature=0.7)
 
 
 @cache
-def tiny() -> tuple[Any, Model, Params]:
-    return pair({**TINY, "eos_token_id": None})
+def tiny(kv_heads: int = TINY["num_key_value_heads"]) -> tuple[Any, Model, Params]:
+    return pair({**TINY, "eos_token_id": None, "num_key_value_heads": kv_heads})
 
 
 def complete(
     prompts: Sequence[Sequence[int]], sampling: Sampling, slots: int = 64, **options: Any
 ) -> list[Completion]:
-    _, model, params = tiny()
+    _, model, params = tiny(*options.pop("kv_heads", ()))
     model = replace(model, looped=options.pop("looped", None))
     layout = options.pop("layout", None)
     if layout is not None:
@@ -153,17 +153,30 @@ def test_on_eight_devices_it_draws_the_same(sizes: dict[str, int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_loop_over_the_layers_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_over_the_layers_draws_the_same() -> None:
     unrolled = complete(PROMPTS * 4, FREE, seed=2, group=2, looped=False)
     same(complete(PROMPTS * 4, FREE, seed=2, group=2, looped=True), unrolled, atol=1e-5)
     for sizes in MESHES:
         eight = complete(PROMPTS * 4, FREE, layout=over(**sizes), seed=2, group=2, looped=True)
         same(eight, unrolled)
-    monkeypatch.setitem(slots.ORDERS, "cpu", slots.ORDERS["tpu"])
+
+
+@pytest.mark.parametrize(("platform", "looped"), [("tpu", True), ("gpu", False)])
+def test_the_order_of_a_cache_in_memory_changes_nothing(
+    platform: str, looped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = {"kv_heads": (TINY["num_attention_heads"],)}  # each query has keys of its own
+    plain = complete(PROMPTS, FREE, seed=2, group=2, looped=looped, **heads)
+    monkeypatch.setitem(slots.ORDERS, "cpu", slots.ORDERS[platform])
     slots.programs.cache_clear()
-    eight = complete(PROMPTS * 4, FREE, layout=over(**MESHES[1]), seed=2, group=2, looped=True)
+    layout = over(data=8)
+    _, model, _ = tiny(*heads["kv_heads"])
+    model = replace(model, layout=layout, looped=looped)
+    state = slots.programs(model, FREE, Shape(8, 1, 2, 32, 32)).empty()
+    orders = [x.format.layout.major_to_minor for x in state.cache.layers[0].own]
+    assert orders == list(slots.ORDERS[platform])
+    same(complete(PROMPTS, FREE, layout=layout, seed=2, group=2, looped=looped, **heads), plain)
     slots.programs.cache_clear()
-    same(eight, unrolled)
 
 
 @pytest.mark.parametrize("looped", [False, True])
