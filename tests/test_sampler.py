@@ -179,7 +179,7 @@ def test_the_order_of_a_cache_in_memory_changes_nothing(
     slots.programs.cache_clear()
 
 
-@pytest.mark.parametrize("looped", [False, True])
+@pytest.mark.parametrize("looped", [pytest.param(False, marks=pytest.mark.more), True])
 def test_weights_are_cast_once_for_all_tokens_to_the_dtype_that_is_computed_in(
     looped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
