@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 from safetensors.numpy import load_file
 
 from ntjax import mesh as meshes
@@ -28,6 +27,7 @@ from ntjax.prepare import layout_of
 from ntjax.quantised import in_words, quantise_4bit, quantise_8bit
 from tests.cases import some
 from tests.cli.process import write_rows
+from tests.jaxprs import equations
 from tests.tiny import tiny_model
 
 WORDS = ["sea", "sky", "blue", "wide", "Paris", "France", "capital", "one", "two", "three"]
@@ -188,13 +188,11 @@ def program(tmp_path: Path, **model: Any) -> Any:
 
 def moved(jaxpr: Any, before: Any, after: Any) -> Iterator[tuple[int, ...]]:
     """The shapes of all arrays that a program moves from one memory to another, once for each place it does so."""
-    for equation in jaxpr.eqns:
+    for equation in equations(jaxpr):
         if equation.primitive.name == "device_put":
             for x, y in zip(equation.invars, equation.outvars, strict=True):
                 if (x.aval.memory_space, y.aval.memory_space) == (before, after):
                     yield x.aval.shape
-        for inner in jaxprs_in_params(equation.params):
-            yield from moved(inner, before, after)
 
 
 def test_frozen_weights_are_fetched_layer_by_layer(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ntjax.ops.attention import Tokens
 from ntjax.ops.logprobs import likelihood
 from ntjax.params import Params
 from ntjax.step import Batch, Loss, TrainState, eval_step, initial_state, train_step
+from tests.jaxprs import equations
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -269,24 +270,17 @@ def test_the_program_does_not_grow_with_depth() -> None:
     assert size(30) <= 1.3 * size(6)
 
 
-def products(jaxpr: Any) -> Iterator[Any]:
-    """Every matrix product in a jaxpr, those within loops and calls included."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            yield eqn
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from products(inner)
-
-
 def test_bf16_multiplies_in_bf16_and_keeps_weights_and_moments_in_fp32() -> None:
     model = build(TINY, dtype="bfloat16")
     optimizer = optax.scale_by_adam()
     step = train_step(loss_of(model), optimizer, constant(0.1), 1.0)
     state = initial_state(random_params(model), optimizer)
     jaxpr = jax.make_jaxpr(step)(state, {}, uneven_batch(1))
-    operands = [tuple(v.aval.dtype.name for v in eqn.invars) for eqn in products(jaxpr.jaxpr)]
+    operands = [
+        tuple(v.aval.dtype.name for v in eqn.invars)
+        for eqn in equations(jaxpr.jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
     # Scores leave their product in fp32, so their cotangent meets q and k in fp32: the two that are not bf16.
     assert operands.count(("float32", "bfloat16")) == 2
     assert operands.count(("bfloat16", "bfloat16")) == len(operands) - 2

@@ -109,9 +109,11 @@ def _scores(hidden: jax.Array, targets: jax.Array, head: Any, wanted: jax.Array)
 
 
 def _scores_forward(hidden: jax.Array, targets: jax.Array, head: Any, wanted: jax.Array) -> tuple[Any, Any]:
+    ready = _ready(head, hidden)
+
     def chunk(carry: None, part: tuple) -> tuple[None, tuple]:
         h, t, _ = part
-        found = _Logits.of(_product(h, head))
+        found = _Logits.of(_product(h, ready))
         return None, (found.scores(t), found.log_z)
 
     _, (scores, log_z) = _over_chunks(chunk, None, (hidden, targets), wanted, head)
@@ -120,10 +122,11 @@ def _scores_forward(hidden: jax.Array, targets: jax.Array, head: Any, wanted: ja
 
 def _scores_backward(kept: tuple, grads: TokenLogprobs) -> tuple[jax.Array, None, Any, None]:
     hidden, targets, head, wanted, log_z = kept
+    ready = _ready(head, hidden)
 
     def chunk(d_head: Any, part: tuple) -> tuple[Any, jax.Array]:
         h, t, z, g, w = part
-        logits, pull = jax.vjp(_product, h, head)
+        logits, pull = jax.vjp(_product, h, ready)
         probs = jnp.exp(logits.astype(jnp.float32) - z[:, None])
         d_logits = jnp.where(w, g, 0)[:, None] * ((_ids(logits) == t[:, None]) - probs)
         d_hidden, d_part = pull(d_logits.astype(logits.dtype))
@@ -140,10 +143,11 @@ _scores.defvjp(_scores_forward, _scores_backward)
 @jax.custom_vjp
 def _likelihood(hidden: jax.Array, targets: jax.Array, head: Any, wanted: jax.Array) -> Likelihood:
     """`likelihood` of hidden [N, D]."""
+    ready = _ready(head, hidden)
 
     def chunk(sums: Likelihood, part: tuple) -> tuple[Likelihood, tuple]:
         h, t, w = part
-        return _added(sums, _Logits.of(_product(h, head)).scores(t), w), ()
+        return _added(sums, _Logits.of(_product(h, ready)).scores(t), w), ()
 
     zeros = Likelihood(*[jnp.zeros((), jnp.float32)] * 3)
     return _over_chunks(chunk, zeros, (hidden, targets), wanted, head)[0]
@@ -159,13 +163,14 @@ def _likelihood_forward(
 ) -> tuple[Likelihood, tuple]:
     learns = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal))
     head = jax.tree.map(lambda leaf: leaf.value, head, is_leaf=_is_primal)
+    ready = _ready(head, hidden.value)
 
     def chunk(carry: tuple[Likelihood, Any], part: tuple) -> tuple[tuple[Likelihood, Any], jax.Array]:
         (sums, d_head), (h, t, w) = carry, part
         if learns:
-            logits, pull = jax.vjp(_product, h, head)
+            logits, pull = jax.vjp(_product, h, ready)
         else:
-            logits, pull = jax.vjp(lambda h: _product(h, head), h)
+            logits, pull = jax.vjp(lambda h: _product(h, ready), h)
         found = _Logits.of(logits)
         probs = found.exps * (1 / found.total)[:, None]
         d_logits = jnp.where(w[:, None], (_ids(logits) == t[:, None]) - probs, 0)
@@ -199,6 +204,11 @@ def _is_primal(x: Any) -> bool:
 
 def _product(hidden: jax.Array, head: Any) -> jax.Array:
     return einsum("ND,VD->NV", hidden, head)
+
+
+def _ready(head: Any, hidden: jax.Array) -> Any:
+    """The head in the dtype of `hidden`, cast once and not for every chunk."""
+    return head.astype(hidden.dtype) if isinstance(head, jax.Array) else head
 
 
 def _ids(logits: jax.Array) -> jax.Array:

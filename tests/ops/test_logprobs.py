@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from ntjax.narrow import traced_for
 from ntjax.ops import logprobs
 from ntjax.ops.logprobs import likelihood, token_logprobs
+from tests.jaxprs import equations
 
 BATCH, TIME, EMBED, VOCAB = 2, 7, 5, 11
 # (tokens of a chunk at least, pieces): how 14 tokens are cut up
@@ -125,6 +127,28 @@ def test_bf16_logits_are_normalised_in_fp32() -> None:
     )
     expected = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
     np.testing.assert_allclose(scores.logp, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [token_logprobs, likelihood])
+def test_a_head_is_cast_once_and_not_for_every_chunk(
+    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "LEAST", 1)
+    hidden, head, targets = map(jnp.asarray, arrays())
+
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return function(hidden, head, targets).logp.sum()
+
+    with traced_for("gpu"):  # where a product's gradient is bf16 without a cast
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden.astype(jnp.bfloat16), head)
+    loops = [
+        eqn.params["body_jaxpr"].jaxpr for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "while"
+    ]
+    assert loops
+    for loop in loops:
+        for eqn in equations(loop):
+            cast = eqn.primitive.name == "convert_element_type" and eqn.outvars[0].aval.dtype == jnp.bfloat16
+            assert not (cast and eqn.invars[0].aval.shape == head.shape), eqn
 
 
 def test_what_is_not_wanted_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
