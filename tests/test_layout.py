@@ -122,7 +122,8 @@ def check(ours: list[dict[str, Any]], one: list[dict[str, Any]]) -> None:
 
 
 ALL = [(kind, mesh) for kind in STAGES for mesh in MESHES]
-FEW = [("sft", mesh) for mesh in MESHES]
+ALONE = {"zero 2", "tensor 2", "sequence 2"}  # which others have too
+FEW = [("sft", mesh) for mesh in MESHES if mesh not in ALONE]
 SLOW = [(kind, "zero 3 over 2, tensor 2, sequence 2") for kind in STAGES]
 
 

@@ -133,7 +133,7 @@ def test_a_group_shares_a_prompt_and_nothing_else() -> None:
     assert len({tuple(completion.tokens) for completion in grouped[:4]}) == 4
 
 
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.more), 2])
 def test_slots_that_are_refilled_change_nothing(group: int) -> None:
     prompts = [[n, n + 1] for n in range(3, 14)]
     stops = Sampling(max_new_tokens=70, temperature=0.9, stop_ids=tuple(range(8)))  # lengths differ widely
