@@ -150,12 +150,14 @@ class Model:
         """What is worth a copy before tokens are decoded, each of which reads all weights: those that are quantised or
         aren't `ready`, and the `layers` where they are taken one by one (else None)."""
         specs, dtype = self.specs, self.config.dtype
-        read = [path for path in specs if path == self._head or path.startswith("blocks.")]
+        read = [path for path in specs if path.startswith(("blocks.", "embed", "head"))]
         numbers = {path: dequantised(params[path], specs[path], dtype) for path in read}
         ready = {path: self.ready(path, w) for path, w in numbers.items()}
         layers = self.layers(params | ready) if len(self.parts) > 1 else None
-        kept = read if layers is None else [self._head]
-        return {path: ready[path] for path in kept if ready[path] is not params[path]}, layers
+        own = {path: w for path, w in ready.items() if w is not params[path]}
+        if layers is not None:
+            own = {path: w for path, w in own.items() if not path.startswith("blocks.")}
+        return own, layers
 
     def decode(
         self, params: Params, layers: Sequence[Any], ids: jax.Array, tokens: Tokens, cache: Cache

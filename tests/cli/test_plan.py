@@ -190,25 +190,3 @@ def test_an_update_on_a_gpu_copies_no_state() -> None:
     short = ("stages.sft.max_length=256", "stages.sft.per_device_train_batch_size=1")
     _, (train,), _ = plan("configs/plan/llama2_7b_sft.toml", "--topology", "h100:1", *short)
     assert train["memory"]["gradients, temporaries"] < 1.1 * train["memory"]["weights"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not importlib.util.find_spec("jax_cuda13_plugin"), reason="JAX's CUDA plugin isn't installed"
-)
-def test_a_token_on_a_gpu_reads_weights_once() -> None:
-    """As they are multiplied, in bf16, out of fp32 that is trained: no layer is copied out of a stack."""
-    short = ("stages.grpo.max_length=128", "stages.grpo.max_completion_length=128")
-    _, programs, _ = plan("configs/plan/llama2_7b_grpo.toml", "--topology", "h100:1", *short)
-    (decode,) = (one for one in programs if one["program"] == "decode")
-    assert decode["memory"]["weights"] < 1.1 * 2 * 6.74e9
-    assert decode["moved"] < 1.3 * (decode["memory"]["weights"] + decode["memory"]["cache"])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu isn't installed")
-def test_a_token_on_a_tpu_reads_weights_and_cache_once() -> None:
-    """Out of the stacks that they lie in."""
-    _, programs, _ = plan("configs/plan/llama3_8b_grpo.toml", "--topology", "v5p:2x2x1")
-    (decode,) = (one for one in programs if one["program"] == "decode")
-    assert decode["moved"] < decode["memory"]["sampler's weights"] + decode["memory"]["cache"]
