@@ -39,7 +39,7 @@ def set_defaults() -> None:
 
 def for_decoding(platform: str) -> dict[str, int]:
     """What XLA is told when it compiles a program that decodes."""
-    return {APART: 0} if platform in ("gpu", "cuda") and APART not in os.environ.get("XLA_FLAGS", "") else {}
+    return {APART: 0} if platform == "gpu" and APART not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def keep_compiled(folder: str) -> None:
