@@ -125,6 +125,7 @@ ALL = [(kind, mesh) for kind in STAGES for mesh in MESHES]
 ALONE = {"zero 2", "tensor 2", "sequence 2"}  # which others have too
 FEW = [("sft", mesh) for mesh in MESHES if mesh not in ALONE]
 SLOW = [(kind, "zero 3 over 2, tensor 2, sequence 2") for kind in STAGES]
+SLOW += [("sft", mesh) for mesh in ALONE]
 
 
 @pytest.mark.parametrize("case", some(ALL, FEW, SLOW), ids=lambda case: " ".join(case))

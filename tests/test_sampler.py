@@ -42,15 +42,18 @@ DRAWN = Sampling(max_new_tokens=20, temperature=0.7, top_k=5, top_p=0.9)
 FREE = Sampling(max_new_tokens=20, temperature=0.7)
 
 
+GROUPED = TINY["num_key_value_heads"]
+
+
 @cache
-def tiny(kv_heads: int = TINY["num_key_value_heads"]) -> tuple[Any, Model, Params]:
+def tiny(kv_heads: int = GROUPED) -> tuple[Any, Model, Params]:
     return pair({**TINY, "eos_token_id": None, "num_key_value_heads": kv_heads})
 
 
 def complete(
     prompts: Sequence[Sequence[int]], sampling: Sampling, slots: int = 64, **options: Any
 ) -> list[Completion]:
-    _, model, params = tiny(*options.pop("kv_heads", ()))
+    _, model, params = tiny(options.pop("kv_heads", GROUPED))
     model = replace(model, looped=options.pop("looped", None))
     layout = options.pop("layout", None)
     if layout is not None:
@@ -133,7 +136,7 @@ def test_a_group_shares_a_prompt_and_nothing_else() -> None:
     assert len({tuple(completion.tokens) for completion in grouped[:4]}) == 4
 
 
-@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.more), 2])
+@pytest.mark.parametrize("group", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_slots_that_are_refilled_change_nothing(group: int) -> None:
     prompts = [[n, n + 1] for n in range(3, 14)]
     stops = Sampling(max_new_tokens=70, temperature=0.9, stop_ids=tuple(range(8)))  # lengths differ widely
@@ -165,21 +168,21 @@ def test_a_loop_over_the_layers_draws_the_same() -> None:
 def test_the_order_of_a_cache_in_memory_changes_nothing(
     platform: str, looped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads = {"kv_heads": (TINY["num_attention_heads"],)}  # each query has keys of its own
-    plain = complete(PROMPTS, FREE, seed=2, group=2, looped=looped, **heads)
+    heads = TINY["num_attention_heads"]  # each query has keys of its own
+    plain = complete(PROMPTS, FREE, seed=2, group=2, looped=looped, kv_heads=heads)
     monkeypatch.setitem(slots.ORDERS, "cpu", slots.ORDERS[platform])
     slots.programs.cache_clear()
     layout = over(data=8)
-    _, model, _ = tiny(*heads["kv_heads"])
+    _, model, _ = tiny(heads)
     model = replace(model, layout=layout, looped=looped)
     state = slots.programs(model, FREE, Shape(8, 1, 2, 32, 32)).empty()
     orders = [x.format.layout.major_to_minor for x in state.cache.layers[0].own]
     assert orders == list(slots.ORDERS[platform])
-    same(complete(PROMPTS, FREE, layout=layout, seed=2, group=2, looped=looped, **heads), plain)
+    same(complete(PROMPTS, FREE, layout=layout, seed=2, group=2, looped=looped, kv_heads=heads), plain)
     slots.programs.cache_clear()
 
 
-@pytest.mark.parametrize("looped", [pytest.param(False, marks=pytest.mark.more), True])
+@pytest.mark.parametrize("looped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_weights_are_cast_once_for_all_tokens_to_the_dtype_that_is_computed_in(
     looped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +194,8 @@ def test_weights_are_cast_once_for_all_tokens_to_the_dtype_that_is_computed_in(
     assert own.keys() == {path for path in matrices if looped or not path.startswith("blocks.")}
     assert {w.dtype for w in jax.tree.leaves(own)} == {jnp.dtype("bfloat16")}
     assert {w.ndim for w in jax.tree.leaves(own)} == ({2, 3} if looped else {2})
-    dtypes = [w.dtype for w in jax.tree.leaves(layers) if w.ndim > 1]
-    assert dtypes == ([] if looped else [jnp.dtype("bfloat16")] * len(dtypes))
+    dtypes = {w.dtype for w in jax.tree.leaves(layers) if w.ndim > 1}
+    assert dtypes == (set() if looped else {jnp.dtype("bfloat16")})
     assert jax.jit(model.copies)(params | own)[0] == {}
     drawn = Sampler(model, FREE, slots=4)
     prompts = [Prompt(prompt) for prompt in PROMPTS]
