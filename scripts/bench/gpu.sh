@@ -3,7 +3,7 @@
 # Nothing is begun after SECONDS (540), and what has begun is stopped 45 s later. PYTHON names an interpreter with
 # torch, transformers, jax, flax, optax and orbax; WHEELS a folder of wheels of what else a row needs (peft,
 # bitsandbytes, trl, datasets), installed into a folder of their own first. Peers that aren't there are left out.
-# gpu.json is written to OUT, else to docs/bench, after every contestant.
+# gpu/PROCESSOR.json is written to OUT, else to docs/bench, after every contestant.
 set -euo pipefail
 out=${OUT:+$(realpath "$OUT")}
 wheels=${WHEELS:+$(realpath "$WHEELS")}

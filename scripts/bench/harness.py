@@ -3,9 +3,9 @@
     python scripts/bench/NAME.py [--rounds N] [--only ROW ...] [--toy]
 
 The contestants of a row take turns, round after round, so that what else the machine does falls on all of them; figures
-are medians over all rounds. They are left in docs/bench/NAME.json, from which `tables.py` writes the document; `--toy`
-tries every row on a tiny model and leaves nothing. Standard library alone: a contestant imports what it needs, in its
-own process (`--contestant ROW/WHO`, which prints one line of JSON).
+are medians over all rounds. They are left in docs/bench/NAME/PROCESSOR.json, from which `tables.py` writes the
+document; `--toy` tries every row on a tiny model and leaves nothing. Standard library alone: a contestant imports what
+it needs, in its own process (`--contestant ROW/WHO`, which prints one line of JSON).
 """
 
 from __future__ import annotations

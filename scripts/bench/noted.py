@@ -51,7 +51,7 @@ def main(
 ) -> None:
     """The command `NAME.py`, of `rounds` by default."""
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
-    parser.add_argument("--out", type=Path, default=record.FOLDER, help="where NAME.json is kept")
+    parser.add_argument("--out", type=Path, default=record.FOLDER, help="where NAME/PROCESSOR.json is kept")
     if any(word.startswith("--contestant") for word in sys.argv):
         harness.main(name, rows, parser, packages, **env)
         return

@@ -1,4 +1,5 @@
-"""Writes into docs/benchmarks.md, between `<!-- bench: NAME -->` and `<!-- end -->`, what is in docs/bench/NAME.json.
+"""Writes into docs/benchmarks.md, between `<!-- bench: NAME -->` and `<!-- end -->`, the tables of
+docs/bench/NAME/*.json, one a processor.
 
 python scripts/bench/tables.py
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,25 @@ HEAD = (
 MARKED = re.compile(r"(<!-- bench: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def filled(document: str, record_of: Callable[[str], Json | None]) -> str:
-    """The document with a table between each pair of marks."""
+def filled(document: str, records_of: Callable[[str], Sequence[Json]]) -> str:
+    """The document with tables between each pair of marks."""
 
     def marked(match: re.Match[str]) -> str:
         opening, name, end = match.groups()
-        record = record_of(name)
-        body = table(record) if record else f"Not measured yet: `python scripts/bench/{name}.py`."
+        records = records_of(name)
+        tables = "\n\n".join(table(record, named=len(records) > 1) for record in records)
+        body = tables or f"Not measured yet: `python scripts/bench/{name}.py`."
         return f"{opening}\n{body}\n\n{end}"
 
     return MARKED.sub(marked, document)
 
 
-def table(record: Json) -> str:
-    """A line a contestant, and one that says how, on what, with what and when they were measured."""
+def table(record: Json, *, named: bool = False) -> str:
+    """A line a contestant, and one that says how, on what, with what and when they were measured; under the name of the
+    processor, if it is to be told from other tables."""
     rows, machine = record["rows"], record["machine"]
-    lines = [HEAD, *(line for row in rows for line in lines_of(row))]
+    title = [f"**{machine['accelerator'] or machine['cpu']}**", ""] if named else []
+    lines = [*title, HEAD, *(line for row in rows for line in lines_of(row))]
     kinds = [f"{machine['cores']} CPU cores ({machine['cpu']})", f"{machine['memory_gb']} GB"]
     kinds += [machine["accelerator"]] if machine["accelerator"] else []
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -74,10 +78,10 @@ def _cells(found: Json) -> list[str]:
     ]
 
 
-def kept(name: str) -> Json | None:
-    """The record of a table, if one was measured."""
-    path = DOCS / "bench" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def kept(name: str) -> list[Json]:
+    """The records of a table, the latest first."""
+    records = [json.loads(path.read_text()) for path in sorted((DOCS / "bench" / name).glob("*.json"))]
+    return sorted(records, key=lambda record: record["date"], reverse=True)
 
 
 if __name__ == "__main__":

@@ -107,25 +107,44 @@ def test_rows_that_were_not_measured_again_are_kept(tmp_path, monkeypatch):
     order = ["first", "second", "third"]
     record.write("some", [a_row("second", ntjax=1.0), a_row("gone", ntjax=1.0)], HEAD, order)
     record.write("some", [a_row("first", ntjax=1.23456789)], {**HEAD, "date": "2026-01-03"}, order)
-    kept = json.loads((tmp_path / "some.json").read_text())["rows"]
+    kept = json.loads((tmp_path / "some" / "a-cpu.json").read_text())["rows"]
     assert [(row["what"], row["date"]) for row in kept] == [("first", "2026-01-03"), ("second", "2026-01-02")]
     assert kept[0]["figures"]["ntjax"]["seconds"] == 1.235
     record.write("some", [a_row("third", ntjax=1.0)], {**HEAD, "versions": {"python": "3.12"}}, order)
-    assert [row["what"] for row in json.loads((tmp_path / "some.json").read_text())["rows"]] == ["third"]
+    assert [row["what"] for row in json.loads((tmp_path / "some" / "a-cpu.json").read_text())["rows"]] == [
+        "third"
+    ]
+    lent = HEAD["machine"] | {"accelerator": "NVIDIA H100 80GB HBM3"}
+    record.write("some", [a_row("second", ntjax=1.0)], {**HEAD, "machine": lent}, order)
+    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == [
+        "a-cpu.json",
+        "nvidia-h100-80gb-hbm3.json",
+    ]
+
+
+def test_a_processor_is_told_by_more_than_its_name():
+    info = "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t: fpu\n\nmodel\t: 18\n"
+    assert record.cpu(info) == "AMD EPYC, family 25, model 17"
+    assert record.cpu("processor\t: 0\nBogoMIPS\t: 50.00\n") == "unknown"
 
 
 def test_a_document_has_its_tables_between_marks():
     row = {**a_row("a step", ntjax=2.0, torch=3.0), "date": "2026-01-02"}
     row["figures"]["Tunix"] = {"absent": "no --tunix-python"}
     document = "# A\n<!-- bench: some -->\nold\n<!-- end -->\nB\n<!-- bench: none -->\n<!-- end -->\n"
-    found = tables.filled(document, {"some": {**HEAD, "rows": [row]}}.get)
+    one, other = (
+        {**HEAD, "machine": {**HEAD["machine"], "cpu": cpu}, "rows": [row]} for cpu in ("a CPU", "B")
+    )
+    found = tables.filled(document, {"some": [one], "none": []}.__getitem__)
     assert "| a step | ntjax | 2 | | 2 | 1 | | 1.5 |" in found
     assert "| | torch | 3 | | 3 | 1 | 1.50 | |" in found
     assert "| | Tunix | absent: no --tunix-python | | | | | |" in found
     assert "2026-01-02, medians of rounds: 2. 2 CPU cores (a CPU), 24 GB; python 3.11.7." in found
     assert "old" not in found
     assert "Not measured yet: `python scripts/bench/none.py`." in found
-    assert tables.filled(found, {"some": {**HEAD, "rows": [row]}}.get) == found
+    assert tables.filled(found, {"some": [one], "none": []}.__getitem__) == found
+    both = tables.filled(found, {"some": [one, other], "none": []}.__getitem__)
+    assert [line for line in both.splitlines() if line.startswith("**")] == ["**a CPU**", "**B**"]
 
 
 def test_the_command_measures_in_processes_and_keeps_the_record(tmp_path):
@@ -143,7 +162,7 @@ def test_the_command_measures_in_processes_and_keeps_the_record(tmp_path):
     assert done.returncode != 0
     assert "ValueError: it broke" in done.stderr
     assert "failed: b" in done.stderr
-    kept = json.loads((tmp_path / "bench" / "some.json").read_text())
+    kept = json.loads(next((tmp_path / "bench" / "some").glob("*.json")).read_text())
     first, second = kept["rows"]
     assert first["ratio"] == {"other": 2.0}
     assert first["figures"]["ntjax"]["steps"] == first["rounds"] == 2
