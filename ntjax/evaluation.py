@@ -144,6 +144,7 @@ class Asking:
 
     def __call__(self) -> Answers:
         """All of them. Raises UserCodeError for what a reward function did wrong."""
+        self.judge.load()  # before a sampler asks what room there is
         verdict: Verdict | None = None
         completions: list[Any] = []
         with Progress("eval", len(self.prompts) * self.group) as progress:

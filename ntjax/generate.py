@@ -149,7 +149,7 @@ def _read_prompts(path: Path) -> Iterator[Asked]:
 
     if not path.is_file():
         raise InputMissing(f"there is no file {path}", where="--prompts")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

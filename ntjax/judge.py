@@ -6,6 +6,7 @@ Axes: N completions, F rewards; P prompts, K completions of each.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,23 +114,35 @@ class Verdict:
 
 
 class Judge:
-    """Functions, then models, then the punishment of completions that near `overlong` = (most tokens, the last of
-    them that cost). `close` it: functions have processes of their own."""
+    """Functions and models, whose columns after each other are put in `order`, and then the punishment of completions
+    that near `overlong` = (most tokens, the last of them that cost). `close` it: functions have processes of their own.
+    """
 
     def __init__(
         self,
         functions: Rewards | None,
         models: Sequence[Scorer] = (),
         overlong: tuple[int, int] | None = None,
+        *,
+        order: Sequence[int] | None = None,
     ):
         self.functions, self.models, self.overlong = functions, models, overlong
         named = [*(functions.labels if functions else ()), *(model.label for model in models)]
-        self.labels = (*named, *([OVERLONG] if overlong else ()))
+        self.order = range(len(named)) if order is None else order
+        self.labels = (
+            *_distinct([named[column] for column in self.order]),
+            *([OVERLONG] if overlong else ()),
+        )
 
     def close(self) -> None:
         """Ends the functions' processes."""
         if self.functions:
             self.functions.close()
+
+    def load(self) -> None:
+        """Reads the models' weights."""
+        for model in self.models:
+            model.load()
 
     def submit(self, batch: Batch) -> Callable[[], Verdict]:
         """Sets the functions to work; the verdict is that of all, waited for."""
@@ -153,6 +166,7 @@ class Judge:
             extra, logged, failures = scored.extra, scored.metrics, tuple(scored.failures)
         elif self.functions:
             scores = [np.zeros(len(batch.prompts)) for _ in self.functions.labels] + scores
+        scores = [scores[column] for column in self.order]
         if self.overlong:
             scores.append(self._overlong(batch))
         return Verdict(self.labels, _agreed(np.stack(scores, axis=1)), extra, logged, failures)
@@ -197,6 +211,16 @@ def mean(values: np.ndarray) -> float | None:
     return None if np.isnan(values).all() else float(np.nanmean(values))
 
 
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number to those that were there before."""
+    before = Counter[str]()
+    found = []
+    for name in names:
+        before[name] += 1
+        found.append(name if before[name] == 1 else f"{name}_{before[name]}")
+    return found
+
+
 def _agreed(scores: np.ndarray) -> np.ndarray:
     """The first process's scores on all of them: functions run there alone."""
     if jax.process_count() == 1:
@@ -216,13 +240,24 @@ def open_judge(job: Job, prompts: Prompts, layout: Layout, rows: int) -> Judge:
     assert isinstance(stage, RolloutConfig)
     path = f"stages.{config.stages.index(stage)}"
     functions, models = [], []
-    for name in stage.rewards:
+    places: tuple[list[int], list[int]] = [], []  # of functions, of models
+    for place, name in enumerate(stage.rewards):
         folder = _model_folder(job, name, config.where(f"{path}.reward_model_path"))
+        places[folder is not None].append(place)
         if folder is None:
             functions.append(name)
             continue
         dtype = config.compute_dtype(stage)
-        models.append(Scorer(folder, layout=layout, rows=rows, dtype=dtype, attention=config.model.attention))
+        models.append(
+            Scorer(
+                folder,
+                layout=layout,
+                rows=rows,
+                dtype=dtype,
+                attention=config.model.attention,
+                template=stage.chat_template_kwargs,
+            )
+        )
     rewards = None
     if functions:
         rewards = Rewards(
@@ -236,7 +271,8 @@ def open_judge(job: Job, prompts: Prompts, layout: Layout, rows: int) -> Judge:
         if jax.process_index() == 0:
             rewards.check(tryout(prompts))
     cache = getattr(stage, "soft_punish_cache", None)
-    return Judge(rewards, models, (stage.completion_length, cache) if cache else None)
+    overlong = (stage.completion_length, cache) if cache else None
+    return Judge(rewards, models, overlong, order=np.argsort(places[0] + places[1]).tolist())
 
 
 def _model_folder(job: Job, name: str, where: str) -> Path | None:

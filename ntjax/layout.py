@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ntjax.elsewhere import whole
 from ntjax.errors import ConfigError
 from ntjax.mesh import AXES, FSDP, HOST, SEQUENCE, TENSOR, row_groups
 from ntjax.params import Params, Spec, Specs
@@ -206,16 +205,9 @@ class Layout:
             for path, w in gradients.items()
         }
 
-    def gathered(self, params: Params, specs: Specs, ready: Callable[[str, Any], Any]) -> Params:
-        """The weights on the devices with no part of them along `fsdp` missing, as `ready(path, w)` has them."""
-        if not self.gathers:
-            return params
-
-        def gather(params: Params) -> Params:
-            return {path: ready(path, whole(w)) for path, w in params.items()}
-
-        places = self.shardings(jax.eval_shape(gather, params), specs, parted=False)
-        return jax.jit(gather, out_shardings=places)(params)
+    def gathered(self, params: Params, specs: Specs) -> Params:
+        """Weights on the devices with no part of them along `fsdp` missing, inside a compiled function."""
+        return jax.lax.with_sharding_constraint(params, self.shardings(params, specs, parted=False))
 
 
 def placing(layout: Layout, specs: Specs) -> dict[str, Any]:

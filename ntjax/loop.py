@@ -122,7 +122,7 @@ class Loop:
         self.pending: tuple[int, Metrics, Fed] | None = None
         self.skipped = 0  # non-finite steps in a row
         self.last_record: dict[str, Any] = {}
-        self.last_metric: float | None = None
+        self.metric: float | None = None  # of the last step, if it was evaluated
         self.clock = time.perf_counter()
 
     def weights(self) -> Weights:
@@ -138,8 +138,7 @@ class Loop:
         self.done, self.state, meta = self.checkpoints.restore(_abstract(self.state), job.resume_step)
         self.checkpoints.discard_after(self.done)
         self.window = Window.from_state(meta["window"])
-        self.last_metric, self.skipped = meta["metric"], meta["skipped"]
-        self.epoch, self.position = meta["epoch"], meta["position"]
+        self.skipped, self.epoch, self.position = meta["skipped"], meta["epoch"], meta["position"]
         self.rewind(self.done)
         self.last_record = (read_metrics(job.folder) or [{}])[-1]
         self.progress = Progress(self.stage.stage_name, self.feed.steps, start=self.done, shown=hosts.first())
@@ -161,7 +160,7 @@ class Loop:
                 self.arm(fed.batch)
                 self.state, metrics = self.step(self.state, self.frozen, self.prepared(fed.batch))
                 self.collect()
-                self.done += 1
+                self.done, self.metric = self.done + 1, None
                 self.epoch, self.position = fed.epoch, fed.position
                 self.sync()
                 self.pending = self.done, metrics, fed
@@ -245,7 +244,7 @@ class Loop:
         if wanted not in record:
             known = ", ".join(name.removeprefix("eval_") for name in record)
             raise ConfigError(f"metric_for_best_model: there is no {wanted}", fix=f"there are {known}")
-        self.last_metric = record[wanted]
+        self.metric = record[wanted]
         self.write(self.done, self.epoch, record)
         self.clock += time.perf_counter() - started  # evaluating is not part of a step's time
 
@@ -269,13 +268,12 @@ class Loop:
         meta = {
             "settings": self.setup.settings,
             "window": self.window.state(),
-            "metric": self.last_metric,
             "skipped": self.skipped,
             "epoch": self.epoch,
             "position": self.position,
             **origin(self.setup),
         }
-        self.checkpoints.save(self.done, self.state, meta, self.last_metric)
+        self.checkpoints.save(self.done, self.state, meta, self.metric)
         self.report()
 
     def preempt(self, signal: str) -> None:

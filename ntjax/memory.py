@@ -34,10 +34,10 @@ def for_copies(model: Model, params: Params, state: Any, memory: float, taken: f
 
 
 def now(devices: Iterable[jax.Device]) -> tuple[float, float] | None:
-    """Bytes of a device's memory, and how many of them are taken, of the fullest; None for CPUs, whose memory isn't
-    theirs."""
-    stats = [device.memory_stats() for device in devices]
-    if not all(stats):
+    """Bytes of a device's memory, and how many of them are taken, of the fullest; None where they don't tell, as CPUs
+    don't, whose memory isn't theirs."""
+    stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_limit" in known for known in stats):
         return None
     fullest = max(stats, key=lambda known: known["bytes_in_use"])
     return fullest["bytes_limit"], fullest["bytes_in_use"]

@@ -169,15 +169,7 @@ class MetricsLog:
         if self.folder is None:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        line = json.dumps(finite, allow_nan=False).encode() + b"\n"
-        with (self.folder / LOG_NAME).open("ab", buffering=0) as file:
-            end = os.fstat(file.fileno()).st_size
-            try:
-                if file.write(line) != len(line):
-                    raise OSError("the line was cut short")
-            except OSError:
-                file.truncate(end)
-                raise
+        _append(self.folder / LOG_NAME, json.dumps(finite, allow_nan=False) + "\n")
 
     def _to_tensorboard(self, record: dict[str, Any]) -> None:
         if self.tensorboard is None:
@@ -265,10 +257,22 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Adds JSON lines to a file; what isn't JSON is written as its text, what can't be written is warned about."""
     text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        _append(path, text)
     except OSError as error:
         log.warning(_LOST, path.name, type(error).__name__, error)
+
+
+def _append(path: Path, text: str) -> None:
+    """Adds lines to a file, all of them or, where the disk is full, none: half a line would spoil the next."""
+    lines = text.encode()
+    with path.open("ab", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(lines) != len(lines):
+                raise OSError("the line was cut short")
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -77,6 +77,7 @@ class Rollouts:
         self.reference_scores = reference_scores
         self.policy_scores = _over_microbatches(self.stage.policy_scores(setup.model), join)
         self.draw = Drawing(setup)
+        self.judge.load()  # before a sampler asks what room there is
         self.ended: float | None = None  # when the last window was complete
         self.trained_tokens = 0  # fed since then
 
@@ -241,8 +242,11 @@ class Rollouts:
         """Rewards and lengths of completions of the held-out prompts, from the weights as they are."""
         draw, params = Drawing(self.setup, evaluating=True), self._joined(self.weights())
         group = getattr(self.stage, "num_generations_eval", None) or self.shape.group
+        remembered = self.judge.state()  # what the training's completions taught the functions
         drawn = draw(params, range(len(draw.questions.prompts)), group, 0, 0)
         verdict, threshold = drawn.verdict(), self.stage.eval_threshold
+        if remembered is not None:
+            self.judge.load_state(remembered)
         totals = verdict.totals(self.stage.reward_weights)
         reward = {"reward": Mean(float(np.nansum(totals)), float((~np.isnan(totals)).sum()))}
         right = {} if threshold is None else verdict.right(group, threshold)

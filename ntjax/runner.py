@@ -51,7 +51,8 @@ class Run:
     def completions(self, stage: str | None = None) -> list[dict[str, Any]]:
         """The lines of completions.jsonl, of a stage that drew some: prompt, completion, rewards, reward, advantage."""
         path = self._folder(stage) / "completions.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
 
     def load(self, stage: str | None = None, **options: Any) -> LoadedModel:
         """The model that a stage made, an adapter merged; `options` are `ntjax.load`'s."""

@@ -22,7 +22,7 @@ from ntjax.draw import Sampling
 from ntjax.models import Model
 from ntjax.models.vision.pictures import Pictures
 from ntjax.params import Params
-from ntjax.slots import Prompts, Shape, State, Told, doubled, programs
+from ntjax.slots import Prompts, Shape, State, Told, doubled, programs, state_of
 
 __all__ = ["Completion", "Group", "Prompt", "Sampler", "Sampling"]
 
@@ -74,7 +74,7 @@ class Sampler:
         assert tokenizer is not None or not sampling.stop_strings
         self.model, self.sampling, self.slots = model, sampling, slots
         self.tokenizer, self.vision = tokenizer, vision
-        self.copied = None if weights == "auto" else weights == "copied"
+        self.weights, self._roomy = weights, dict[Shape, bool]()
 
     def __call__(
         self,
@@ -110,13 +110,7 @@ class Sampler:
             self.slots, group, len(prompts), longest, self.sampling.max_new_tokens, devices=devices
         )
         slots, first = shape.all_slots, first_row
-        if self.copied is None:
-            self.copied = hosts.of_first(lambda: self._has_room(params, shape))
-            if not self.copied:
-                log.info(
-                    "no room for copies of the weights: completions are drawn from those that are held, slower"
-                )
-        compiled = programs(self.model, self.sampling, shape, self.copied)
+        compiled = programs(self.model, self.sampling, shape, self._copies(params, shape))
         state, (own, layers) = compiled.empty(), compiled.copies(params)
         params = params | own
         waiting = iter(enumerate(prompts))
@@ -146,16 +140,28 @@ class Sampler:
                     rows = [self._completion(read, row) for row in range(rows_.start, rows_.stop)]
                     complete.append((number, rows))
                     done, held[slot] = done + 1, None
+        del params, own, layers, state, told  # whoever judges the last of them may need the room
         yield from complete
+
+    def _copies(self, params: Params, shape: Shape) -> bool:
+        """Whether slots of a shape decode with copies of the weights."""
+        if self.weights != "auto":
+            return self.weights == "copied"
+        if shape not in self._roomy:
+            self._roomy[shape] = hosts.of_first(lambda: self._has_room(params, shape))
+            if not self._roomy[shape]:
+                log.info(
+                    "no room for copies of the weights: completions are drawn from those that are held, slower"
+                )
+        return self._roomy[shape]
 
     def _has_room(self, params: Params, shape: Shape) -> bool:
         """Whether this process's devices have room for copies of the weights, beside what is there now."""
         layout = self.model.layout
         found = memory.now(layout.mesh.local_devices if layout else jax.local_devices()[:1])
         if found is None:  # XLA for CPUs makes such copies in any case, in every call
-            return True
-        state = jax.eval_shape(programs(self.model, self.sampling, shape).empty)
-        return memory.for_copies(self.model, params, state, *found)
+            return self.model.platform == "cpu"
+        return memory.for_copies(self.model, params, state_of(self.model, self.sampling, shape), *found)
 
     def _stopped(self, state: State, read: Told, held: Sequence[int | None], group: int) -> State:
         """Rows whose text has come to a stop string are done, on the device too."""

@@ -95,6 +95,10 @@ class Scorer:
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [ids[-self.max_length :] for ids in found] if self.max_length else found
 
+    def load(self) -> None:
+        """Reads the weights, which are otherwise read when something is scored: what room they leave can be asked."""
+        assert self._params
+
     def _text(self, prompt: Said, completion: Said) -> str:
         if isinstance(prompt, str):
             assert isinstance(completion, str)

@@ -124,8 +124,13 @@ class Programs(NamedTuple):
     decode: Callable[[Params, Any, State, Any], tuple[State, Told]]
 
 
+def state_of(model: Model, sampling: Sampling, shape: Shape) -> State:
+    """That of the slots, as shapes."""
+    return jax.eval_shape(_Slots(model, sampling, shape).empty)
+
+
 @lru_cache(maxsize=16)
-def programs(model: Model, sampling: Sampling, shape: Shape, copied: bool = True) -> Programs:
+def programs(model: Model, sampling: Sampling, shape: Shape, copied: bool) -> Programs:
     """Those that fill slots and decode them: with copies of the weights (`Model.copies`), or with the weights as they
     are held, layer after layer out of their stack."""
     model = model if copied else replace(model, looped=True)

@@ -169,11 +169,12 @@ def dense(w: Any, dtype: Any) -> jax.Array:
 def narrowed(w: Any, spec: Spec, dtype: Any) -> Any:
     """The weight with a matrix in the dtype that it is cast to where it is used, if that is narrower."""
 
-    def cast(x: Any) -> Any:
-        plain = isinstance(x, jax.Array) and spec.is_matrix
-        return x.astype(dtype) if plain and jnp.dtype(dtype).itemsize < x.dtype.itemsize else x
+    return _within(w, lambda x: cast(x, dtype) if isinstance(x, jax.Array) and spec.is_matrix else x)
 
-    return _within(w, cast)
+
+def cast(w: jax.Array, dtype: Any) -> jax.Array:
+    """A plain weight in a dtype, if that is narrower than its own."""
+    return w.astype(dtype) if jnp.dtype(dtype).itemsize < w.dtype.itemsize else w
 
 
 def dequantised(w: Any, spec: Spec, dtype: Any) -> Any:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import pytest
 
 from ntjax.errors import ConfigError
-from ntjax.metrics import Mean, MetricsLog, Tracked, Window, add, finish, read_metrics, rewind
+from ntjax.metrics import Mean, MetricsLog, Tracked, Window, add, append_lines, finish, read_metrics, rewind
 from ntjax.progress import Progress, duration
 
 NAN = float("nan")
@@ -154,6 +154,23 @@ def test_a_full_disk_loses_lines_whole_and_warns_once(
     log.close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 4]
     assert caplog.text.count("metrics.jsonl can't be written") == 1
+
+
+def test_a_full_disk_leaves_no_half_line_of_completions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "completions.jsonl"
+    append_lines(path, [{"step": 1, "completion": "a"}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        append_lines(path, [{"step": 2, "completion": "b"}, {"step": 2, "completion": "c"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_lines(path, [{"step": 3, "completion": "d"}])
+    rewind(tmp_path, 3, path.name)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+    assert "completions.jsonl can't be written" in caplog.text
 
 
 def test_tensorboard_gets_the_names_dashboards_group_by(

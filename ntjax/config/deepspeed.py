@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ntjax.config import files
-from ntjax.config.settings import names_of
+from ntjax.config.settings import names_of, settings_of
 from ntjax.config.tables import Reader, shown
 from ntjax.errors import ConfigError, InputMissing
 
@@ -33,7 +33,7 @@ MESH = {
     "zero_optimization.offload_optimizer.device": "offload_optimizer",
     "zero_optimization.offload_param.device": "offload_param",
 }
-OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "sgd": "sgd", "muon": "muon"}
+OPTIMIZERS = {"adam": "adamw_torch", "adamw": "adamw_torch", "lion": "lion", "sgd": "sgd", "muon": "muon"}
 SCHEDULERS = {"warmuplr": "constant_with_warmup", "warmupdecaylr": "linear", "warmupcosinelr": "cosine"}
 
 
@@ -65,8 +65,7 @@ def apply(data: dict[str, Any], options: Mapping[str, type], reader: Reader, fol
             continue
         try:
             said = _read(value, reader.where(path), [folder, Path.cwd()])
-            names = names_of(options[stage["stage_type"]])
-            left = _fill(said, data, stage, f"stages.{index}", names, reader)
+            left = _fill(said, data, stage, f"stages.{index}", options[stage["stage_type"]], reader)
         except ConfigError as error:
             reader.problems.append(error)
             continue
@@ -103,11 +102,11 @@ def _fill(
     data: dict[str, Any],
     stage: dict[str, Any],
     path: str,
-    names: Mapping[str, str],
+    kind: type,
     reader: Reader,
 ) -> list[str]:
     """Gives the stage and the mesh what the file says; the keys that have no counterpart."""
-    left = []
+    left, names = [], names_of(kind)
     mesh = data.setdefault("mesh", {})
     written = {names.get(key, key): key for key in stage}
     for key, value in said.values.items():
@@ -118,9 +117,10 @@ def _fill(
             if meant == "auto":
                 continue
             if table == "mesh":
-                _put(mesh, {name: name for name in mesh}, "mesh", setting, meant, said.place(key), reader)
+                _put(mesh, {name: name for name in mesh}, "mesh", setting, meant, said.place(key), reader, {})
             else:
-                _put(stage, written, path, setting, meant, said.place(key), reader)
+                same = settings_of(kind)[setting].rules.synonyms
+                _put(stage, written, path, setting, meant, said.place(key), reader, same)
     return left
 
 
@@ -132,15 +132,17 @@ def _put(
     value: Any,
     place: str,
     reader: Reader,
+    synonyms: Mapping[str, str],
 ) -> None:
-    """Sets what the config leaves open; what it says otherwise is a problem."""
+    """Sets what the config leaves open; what it says otherwise is a problem. `synonyms` are other words for a value."""
     at = f"{path}.{setting}"
     if setting not in written:
         table[setting] = value
         reader.places.setdefault(at, place)
         return
     given = table[written[setting]]
-    if given != value and str(given) != str(value):
+    same = synonyms.get(given, given) if isinstance(given, str) else given
+    if same != value and str(same) != str(value):
         message = f" = {shown(given)}, but {place} says {json.dumps(value)}"
         reader.blame(f"{path}.{written[setting]}", message, 'write "auto" there, or leave it out here')
 

@@ -245,6 +245,8 @@ def _resolve_stage(
     if dataset.train_on_prompt and stage.stage_type == "sft" and stage.completion_only_loss:
         message = f" = true, but [datasets.{name}] says train_on_prompt"
         reader.blame(f"{path}.completion_only_loss", message, "keep one of the two")
+    for message, fix in _choosing(stage, evaluates) if stage.load_best_model_at_end else ():
+        reader.blame(f"{path}.load_best_model_at_end", f" = true, but {message}", fix)
     checkpointing = _first_given(stage.gradient_checkpointing, config.model.gradient_checkpointing)
     given = config.model.remat if stage.remat == "auto" else stage.remat
     remat = ("full" if checkpointing else "none") if given == "auto" else given
@@ -258,6 +260,23 @@ def _resolve_stage(
         eval_steps=stage.eval_steps or stage.logging_steps,
         max_length=dataset.max_length or stage.max_length,
     )
+
+
+def _choosing(stage: Any, evaluates: bool) -> Iterator[tuple[str, str]]:
+    """(what is missing, a fix) where a stage can't choose the best of its checkpoints: those that were evaluated."""
+    every = stage.eval_steps or stage.logging_steps
+    if not evaluates or stage.eval_strategy == "no":
+        yield "nothing is evaluated on the way", 'eval_strategy = "steps"'
+    elif stage.eval_strategy != stage.save_strategy:
+        yield (
+            f"eval_strategy = {shown(stage.eval_strategy)} and save_strategy = {shown(stage.save_strategy)}",
+            f"save_strategy = {shown(stage.eval_strategy)}",
+        )
+    elif stage.eval_strategy == "steps" and stage.save_steps % every:
+        yield (
+            f"every {stage.save_steps} steps one is saved, and every {every} one evaluated",
+            f"save_steps = {-(-stage.save_steps // every) * every}",
+        )
 
 
 def _streaming(stage: Any, name: str, dataset: DatasetConfig) -> Iterator[tuple[str, str]]:

@@ -263,6 +263,11 @@ def _instruction(row: Mapping[str, Any], where: str, chat: bool) -> Canonical:
 def string(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise BadData(f"{shown(value)} isn't text", where=where)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"{ascii(value[error.start])} at character {error.start}"
+        raise BadData(f"{half} is half of one, as of an emoji cut in two", where=where) from None
     return value
 
 

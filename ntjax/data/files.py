@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -175,7 +176,7 @@ def _json(path: Path, name: str) -> Rows:
 def _separated(path: Path, name: str, delimiter: str) -> Table:
     """Comma or tab separated values under a line of column names; every value is text."""
     csv.field_size_limit(2**31 - 1)  # the default refuses documents over 128 KiB
-    reader = csv.reader(_decoded(path, name).splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(_decoded(path, name), newline=""), delimiter=delimiter, strict=True)
     records, last = [], 0
     try:
         for record in reader:
@@ -197,7 +198,9 @@ def _text(path: Path, name: str, dataset: DatasetConfig) -> Table:
     if delimiter and "\n" in delimiter:
         documents = [part.strip("\n") for part in text.replace("\r\n", "\n").split(delimiter)]
         return Table(name, [{field: document} for document in documents if document.strip()])
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not by splitlines, which also cuts at form feeds and at separators that are text in Unicode.
+    said = (line.removesuffix("\n") for line in io.StringIO(text, newline=None))
+    lines = [(number, line) for number, line in enumerate(said, 1) if line.strip()]
     if not delimiter:
         if dataset.txt_field_names:
             raise ConfigError("txt_field_names needs txt_delimiter", fix='txt_delimiter = "\\t"')

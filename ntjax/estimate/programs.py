@@ -32,7 +32,7 @@ from ntjax.models.vision.pictures import Pictures
 from ntjax.params import Params
 from ntjax.scorer import scores
 from ntjax.slots import Programs as Sampler
-from ntjax.slots import Prompts, formats
+from ntjax.slots import Prompts, formats, state_of
 from ntjax.slots import Shape as Slots
 from ntjax.slots import programs as sampler_programs
 from ntjax.stages.base import StageConfig
@@ -233,11 +233,12 @@ class Programs:
         self, stage: RolloutConfig, model: Model, params: Params, size: Slots, taken: int
     ) -> Sampler:
         """Its programs, with weights as `ntjax.sampler` will have them."""
-        made = partial(sampler_programs, model, stage.sampling((2,)), size)
+        sampling = stage.sampling((2,))
         copied = stage.sampler_weights != "held"
         if stage.sampler_weights == "auto" and self.memory is not None:
-            copied = for_copies(model, params, jax.eval_shape(made().empty), self.memory, taken)
-        return made(copied)
+            state = state_of(model, sampling, size)
+            copied = for_copies(model, params, state, self.memory, taken)
+        return sampler_programs(model, sampling, size, copied)
 
     def _gathered(self, model: Model, params: Params) -> Params:
         """As `Model.gathered` leaves them."""

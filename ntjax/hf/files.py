@@ -193,8 +193,9 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 
 
 def exported_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The config.json that goes with weights of `dtype`, which it names as transformers 5 does."""
-    return {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    """The config.json that goes with weights of `dtype`, which it names as transformers 5 does; none are quantised."""
+    left_out = {"torch_dtype", "quantization_config"}
+    return {key: value for key, value in config.items() if key not in left_out} | {"dtype": dtype}
 
 
 def split(tensors: Mapping[str, Layout], largest: int) -> list[list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -126,8 +127,12 @@ class Model:
         A TPU's matmuls read a layer's weights where they lie in a stack. For a CPU's and a GPU's they would be copied
         out of it at every token.
         """
-        looped = self.platform == "tpu" if self.looped is None else self.looped
-        return [slice(None)] if looped else list(range(self.config.layers))
+        return [slice(None)] if self.stacked else list(range(self.config.layers))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether decoding takes the layers all at once."""
+        return self.platform == "tpu" if self.looped is None else self.looped
 
     def _parted(self, stack: Any) -> list[Any]:
         return [jax.tree.map(lambda x, part=part: x[part], stack) for part in self.parts]
@@ -139,21 +144,21 @@ class Model:
     def gathered(self, params: Params) -> Params:
         """The model's own of the weights, with no part of them on devices that have other rows."""
         params = {path: params[path] for path in self.specs}
-        return params if self.layout is None else self.layout.gathered(params, self.specs, self.ready)
+        return _gathering(self)(params) if self.layout is not None and self.layout.gathers else params
 
     def ready(self, path: str, w: Any) -> Any:
         """A weight as decoding multiplies by it: in the dtype that is computed in, in a stack as a matrix."""
-        w, stacked = narrowed(w, self.specs[path], self.config.dtype), len(self.parts) == 1
-        return flat(w, self.specs[path]) if stacked and path.startswith("blocks.") else w
+        w = narrowed(w, self.specs[path], self.config.dtype)
+        return flat(w, self.specs[path]) if self.stacked and path.startswith("blocks.") else w
 
     def copies(self, params: Params) -> tuple[Params, list[Any] | None]:
         """What is worth a copy before tokens are decoded, each of which reads all weights: those that are quantised or
-        aren't `ready`, and the `layers` where they are taken one by one (else None)."""
+        aren't `ready`, DoRA's aside, and the `layers` where they are taken one by one (else None)."""
         specs, dtype = self.specs, self.config.dtype
         read = [path for path in specs if path.startswith(("blocks.", "embed", "head"))]
         numbers = {path: dequantised(params[path], specs[path], dtype) for path in read}
         ready = {path: self.ready(path, w) for path, w in numbers.items()}
-        layers = self.layers(params | ready) if len(self.parts) > 1 else None
+        layers = None if self.stacked else self.layers(params | ready)
         own = {path: w for path, w in ready.items() if w is not params[path]}
         if layers is not None:
             own = {path: w for path, w in own.items() if not path.startswith("blocks.")}
@@ -198,6 +203,18 @@ class Model:
         layers = self._parted(Kept(empty(prompts, prompt_time), empty(rows, columns)))
         places = nowhere(prompts, prompt_time), nowhere(rows, columns)
         return Cache(tuple(layers), *places, jnp.zeros((), jnp.int32), jnp.zeros(rows, jnp.int32))
+
+
+@lru_cache(maxsize=8)
+def _gathering(model: Model) -> Callable[[Params], Params]:
+    """What `Model.gathered` runs, compiled once."""
+    layout = model.layout
+    assert layout is not None
+
+    def gather(params: Params) -> Params:
+        return layout.gathered({path: model.ready(path, whole(w)) for path, w in params.items()}, model.specs)
+
+    return jax.jit(gather)
 
 
 def _on(layout: Layout | None) -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from ntjax.weights import einsum
+from ntjax.weights import cast, einsum
 
 CHUNK_BYTES = 2**30  # of fp32 logits alive at a time, at most
 PIECES = 8  # into which a batch's tokens are cut: the finer, the less is computed of what isn't wanted
@@ -207,8 +207,9 @@ def _product(hidden: jax.Array, head: Any) -> jax.Array:
 
 
 def _ready(head: Any, hidden: jax.Array) -> Any:
-    """The head in the dtype of `hidden`, cast once and not for every chunk."""
-    return head.astype(hidden.dtype) if isinstance(head, jax.Array) else head
+    """The head in the dtype of `hidden`, cast once and not for every chunk, if that is narrower; by a wider one its
+    gradients would be wider than itself."""
+    return cast(head, hidden.dtype) if isinstance(head, jax.Array) else head
 
 
 def _ids(logits: jax.Array) -> jax.Array:

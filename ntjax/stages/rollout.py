@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ntjax.config.settings import setting
+from ntjax.config.settings import UnfitError, check, setting, settings_of
 from ntjax.stages.base import StageConfig, standing
 
 if TYPE_CHECKING:
@@ -168,24 +168,24 @@ class RolloutConfig(StageConfig):
         """How completions are drawn."""
         from ntjax.sampler import Sampling
 
-        drawn = Sampling(
+        declared = settings_of(type(self))
+        said = {name: check(value, declared[name]) for name, value in self.generation_kwargs.items()}
+        by = replace(self, **said, generation_kwargs={})
+        cold = self.eval_temperature if evaluating else None
+        return Sampling(
             max_new_tokens=self.completion_length,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=self.repetition_penalty,
+            temperature=self.temperature if cold is None else cold,
+            top_k=by.top_k,
+            top_p=by.top_p,
+            min_p=by.min_p or 0.0,
+            repetition_penalty=by.repetition_penalty,
             stop_ids=stop_ids,
-            stop_strings=self.stop_strings,
+            stop_strings=by.stop_strings,
         )
-        changed = dict(self.generation_kwargs)
-        if evaluating and self.eval_temperature is not None:
-            changed["temperature"] = self.eval_temperature
-        return Sampling(**{**vars(drawn), **changed})
 
     @property
     def rewards(self) -> list[str]:
-        """The names of what rewards, functions and then the model."""
+        """The names of what rewards, in the order of their weights."""
         model = [self.reward_model_path] if self.reward_model_path else []
         return [*(self.reward_function or ()), *model]
 
@@ -198,8 +198,21 @@ class RolloutConfig(StageConfig):
             )
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             yield "reward_weights", f"{len(self.reward_weights)} weights for {len(self.rewards)} rewards"
-        for name in sorted(set(self.generation_kwargs) - DRAWN):
-            yield "generation_kwargs", f"no {name} can be set here, but {', '.join(sorted(DRAWN))}"
+        yield from (("generation_kwargs", said) for said in self._unfit())
+
+    def _unfit(self) -> Iterator[str]:
+        """What is wrong with `generation_kwargs`."""
+        for name, value in sorted(self.generation_kwargs.items()):
+            if name not in DRAWN:
+                yield f"no {name} can be set here, but {', '.join(sorted(DRAWN))}"
+                continue
+            try:
+                found = check(value, settings_of(type(self))[name])
+            except UnfitError as error:
+                yield f"{name} = {value!r}: {error}"
+                continue
+            if name == "temperature" and found != self.temperature:
+                yield f"temperature = {value!r}, but the stage's, which losses go by, is {self.temperature}"
 
 
 class Scored(NamedTuple):

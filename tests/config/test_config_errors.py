@@ -215,6 +215,12 @@ def streamed(**settings: object) -> dict[str, object]:
     return data | stage("pretrain", **settings)
 
 
+def evaluated(**settings: object) -> dict[str, object]:
+    """A stage that evaluates and is to choose the best."""
+    chosen = {"eval_strategy": "steps", "load_best_model_at_end": True}
+    return rows(dataset_path="a", validation_split_ratio=0.1) | stage("sft", **chosen | settings)
+
+
 QLORA = {"model_name_or_path": "m", "use_lora": True, "load_in_4bit": True}
 CONFLICTS = {
     "two precisions": (stage("sft", bf16=True, fp16=True), "stages.0.fp16: a stage computes"),
@@ -286,6 +292,26 @@ CONFLICTS = {
     "remote code in kwargs": (
         rows(dataset_name="a", dataset_kwargs={"trust_remote_code": True}),
         "nothing remote is ever run",
+    ),
+    "the best without evaluation": (
+        stage("sft", load_best_model_at_end=True),
+        "load_best_model_at_end = true, but nothing is evaluated on the way",
+    ),
+    "the best that is not saved": (
+        evaluated(save_strategy="no"),
+        'but eval_strategy = "steps" and save_strategy = "no"',
+    ),
+    "the best between saves": (
+        evaluated(eval_steps=4, save_steps=10),
+        "every 10 steps one is saved, and every 4 one evaluated\n  fix: save_steps = 12",
+    ),
+    "text that is drawn until": (
+        stage("grpo", reward_function="numeric", generation_kwargs={"top_p": 3}),
+        "generation_kwargs: top_p = 3: must be at most 1",
+    ),
+    "a temperature beside the stage's": (
+        stage("grpo", reward_function="numeric", generation_kwargs={"temperature": 0.5}),
+        "generation_kwargs: temperature = 0.5, but the stage's, which losses go by, is 1.0",
     ),
     "a group of one": (stage("grpo", num_generations=1), "num_generations = 1: must be at least 2"),
     "no reward": (stage("ppo"), "a ppo stage needs reward_function or reward_model_path"),

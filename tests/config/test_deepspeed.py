@@ -52,6 +52,15 @@ def test_what_it_says_becomes_settings(tmp_path: Path) -> None:
     assert warning.endswith("and not read: zero_optimization.offload_optimizer.pin_memory")
 
 
+@pytest.mark.parametrize("word", ["adamw_torch", "adamw", "adamw_torch_fused"])
+def test_an_optimizer_has_several_names(tmp_path: Path, word: str) -> None:
+    said = {"optimizer": {"type": "AdamW"}}
+    (stage,) = loaded(tmp_path, said, f'optimizer = "{word}"\n').stages
+    assert stage.optimizer == "adamw_torch"
+    with pytest.raises(ConfigError, match='says "adamw_torch"'):
+        loaded(tmp_path, said, 'optimizer = "lion"\n')
+
+
 def test_weights_are_offloaded_in_stage_3(tmp_path: Path) -> None:
     offload = {"offload_param": {"device": "cpu"}}
     assert loaded(tmp_path, {"zero_optimization": {"stage": 3, **offload}}).mesh.offload_param

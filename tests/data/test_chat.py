@@ -122,6 +122,7 @@ def test_tools_and_template_options_are_carried():
         ({"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0].from", "'bot' isn't a role"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value", "null isn't text"),
         ({"prompt": "p", "completion": None}, "completion", "null isn't text"),
+        ({"prompt": "p", "completion": "so \ud83d"}, "completion", "'\\ud83d' at character 3 is half of one"),
         ({"prompt": TALK[:2], "completion": "c"}, "prompt", "isn't text"),
         (
             {"prompt": TALK, "completion": TALK[2:]},

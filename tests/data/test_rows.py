@@ -82,6 +82,14 @@ def test_txt_is_lines_or_documents_or_fields(tmp_path):
     ]
 
 
+def test_rows_end_at_newlines_alone(tmp_path):
+    """Not at what else Unicode calls the end of a line, which is text."""
+    said = "a\u2028b\x0cc\x85d"
+    assert read(written(tmp_path, "d.txt", f"{said}\r\ntwo\n")) == [{"text": said}, {"text": "two"}]
+    path = written(tmp_path, "d.csv", f"prompt,response\n{said},1\n")
+    assert read(path) == [{"prompt": said, "response": "1"}]
+
+
 def test_a_csv_value_keeps_its_newline_and_rows_their_first_line(tmp_path):
     path = written(tmp_path, "d.csv", 'text,id\n"two\nlines",1\nplain,2\n')
     rows = open_rows(source(path), [])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,11 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from ntjax.errors import BadData, ConfigError
 from ntjax.hf.bnb import Prequantised, Settings, read_settings
 from ntjax.hf.shards import Safetensors
+from ntjax.hf.tokenizer import save_tokenizer
 from ntjax.quantised import EightBit, FourBit
+from tests.tiny import tiny_tokenizer
+
+import_model = importlib.import_module("ntjax.import").main
 
 Tensors = dict[str, torch.Tensor]
 HOW: dict[str, dict[str, Any]] = {
@@ -109,6 +115,17 @@ def test_eight_bits_are_read_as_they_are(folders: dict[str, Path]) -> None:
         np.testing.assert_array_equal(node.scale, scale.numpy())
         wanted = int8_vectorwise_dequant(tensors[name], scale).numpy()
         np.testing.assert_array_equal(source.read(name), wanted)
+
+
+def test_what_is_imported_is_quantised_no_more(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["nf4"], tmp_path / "nf4"))
+    save_tokenizer(tiny_tokenizer(), folder)
+    import_model(["--model", str(folder), "--out", str(tmp_path / "out")])
+    assert "quantization_config" not in config(tmp_path / "out")
+    model, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    wanted = Prequantised(Safetensors(folder)).read(Q)
+    np.testing.assert_array_equal(model.state_dict()[Q].float().numpy(), wanted)
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -129,6 +129,22 @@ def test_bf16_logits_are_normalised_in_fp32() -> None:
     np.testing.assert_allclose(scores.logp, expected, atol=1e-6)
 
 
+@pytest.mark.usefixtures("cuts")
+@pytest.mark.parametrize("function", [token_logprobs, likelihood])
+def test_a_head_may_be_narrower_than_hidden_states(function: Callable[..., Any]) -> None:
+    hidden, head, targets = map(jnp.asarray, arrays())
+    narrow = head.astype(jnp.bfloat16)
+
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return function(hidden, head, targets).logp.sum()
+
+    ours = jax.grad(loss, (0, 1))(hidden, narrow)
+    expected = jax.grad(loss, (0, 1))(hidden, narrow.astype(jnp.float32))
+    assert ours[1].dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours[0], expected[0], atol=1e-5)
+    np.testing.assert_allclose(ours[1].astype(jnp.float32), expected[1], rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize("function", [token_logprobs, likelihood])
 def test_a_head_is_cast_once_and_not_for_every_chunk(
     function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
