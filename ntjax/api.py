@@ -116,7 +116,9 @@ def stepper(
     options, layout, join = config.stages[0], model.layout, union
     assert options.seed is not None
     kept = parts.frozen(options.freeze, model.specs)
-    plan, _ = adapters(config.model, model.specs, None, frozen=kept)
+    plan, _ = adapters(
+        config.model, model.specs, None, frozen=kept, dropout=not getattr(options, "disable_dropout", False)
+    )
     if plan is None:
         specs = {path: spec for path, spec in model.specs.items() if path not in kept}
         _check_plain(model.params)

@@ -78,20 +78,25 @@ def per_tensor(transform: optax.GradientTransformation, specs: Specs) -> optax.G
 
 
 def _kept_in(mu_dtype: str | None, transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`transform` with its first moment in `mu_dtype` between updates and in fp32 within: optax's own setting would
-    decay it by what the factor is in that dtype, 0.988 for 0.99 in bf16."""
-    if mu_dtype is None:
-        return transform
+    """`transform` computed in fp32, its first moment between updates in `mu_dtype` (None: the weights' own), a second
+    one in fp32: in bf16 a factor of 0.99 is 0.988, and one of 0.999 is 1, so that the moment would never fall."""
 
     def init(params: Params) -> Any:
-        return cast(transform.init(params), mu_dtype)
+        state = wide(transform.init(params))
+        like = params if mu_dtype is None else optax.tree.cast(params, mu_dtype)
+        return state._replace(mu=as_in(state.mu, like))
 
     def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
-        updates, state = transform.update(grads, cast(state, "float32"), params)
-        return updates, cast(state, mu_dtype)
+        updates, new = transform.update(wide(grads), wide(state), params)
+        return updates, new._replace(mu=as_in(new.mu, state.mu))
 
-    def cast(state: Any, dtype: str) -> Any:
-        return state._replace(mu=optax.tree.cast(state.mu, dtype))
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        )
+
+    def as_in(tree: Any, like: Any) -> Any:
+        return jax.tree.map(lambda x, other: x.astype(other.dtype), tree, like)
 
     return optax.GradientTransformation(init, update)
 

@@ -68,9 +68,10 @@ def adapters(
     *,
     where: Where = lambda setting: None,
     frozen: Collection[str] = (),
+    dropout: bool = True,
 ) -> tuple[Plan | None, tuple[Plan, Params] | None]:
-    """What is trained of adapters (None: weights themselves are), none of it at the paths `frozen`, and the adapter in
-    the PEFT `folder`.
+    """What is trained of adapters (None: weights themselves are), none of it at the paths `frozen`, with its `dropout`
+    or without, and the adapter in the PEFT `folder`.
 
     Raises ConfigError at `where(setting)`: no module is a target, or the adapter to go on with isn't the one that
     settings describe.
@@ -94,7 +95,7 @@ def adapters(
             fix="write the settings it was trained with, the stage's freeze included, or merge_adapter = true to "
             "start a new one on it",
         )
-    return plan, adapter
+    return plan if dropout else replace(plan, rate=0.0), adapter
 
 
 def load_policy(
@@ -156,18 +157,18 @@ def with_values(policy: Policy, embed: int, source: Path) -> Policy:
     return replace(policy, trainable=trainable, specs={**policy.specs, VALUE: spec})
 
 
-def reference(policy: Policy, *, continued: bool, compute: str) -> Params:
+def reference(policy: Policy, *, continued: bool, dtype: str) -> Params:
     """The weights as they are before the first step, for comparison while training goes on.
 
     A new adapter changes nothing yet, so the frozen weights are the reference; one that is `continued`, or that PiSSA
-    took out of the base, is copied. Weights trained as a whole are copied too, matrices in the dtype `compute` that
-    they are cast to where they are used; frozen ones never are.
+    took out of the base, is copied. Weights trained as a whole are copied too, matrices in `dtype`; frozen ones never
+    are.
     """
     if policy.plan is None:
 
         def copied(path: str, w: jax.Array) -> jax.Array:
-            dtype = compute if policy.specs[path].is_matrix else w.dtype
-            return jax.device_put(jnp.array(whole(w), dtype, copy=True), w.sharding)
+            held = dtype if policy.specs[path].is_matrix else w.dtype
+            return jax.device_put(jnp.array(whole(w), held, copy=True), w.sharding)
 
         own = {path: copied(path, w) for path, w in policy.trainable.items() if path != VALUE}
         return policy.frozen | own

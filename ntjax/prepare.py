@@ -24,7 +24,7 @@ from ntjax.hf.tokenizer import check_vocab, pad_id, stop_ids
 from ntjax.hf.vision import Processor
 from ntjax.judge import Judge, open_judge
 from ntjax.layout import RULES, Layout
-from ntjax.mesh import has_host_memory, make_mesh
+from ntjax.mesh import DATA, FSDP, has_host_memory, make_mesh
 from ntjax.models import Model, build, is_scoring, scoring_config, sees
 from ntjax.ops.attention import chosen
 from ntjax.params import Params
@@ -67,6 +67,13 @@ class Job:
     resume_step: int | None = None  # None: the newest
     allow_changed: bool = False
     results: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def before(self) -> Path:
+        """The folder of the model that the stage starts from: with an adapter that goes on, `source` is its base, and
+        what the stage before left beside its weights is with the adapter."""
+        stage = self.adapter.parent if self.adapter else self.source
+        return stage if (stage / "config.json").exists() else self.source
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ def prepare(job: Job) -> Setup:
     check_vocab(tokenizer, model.config.vocab)
     if pad_id(tokenizer) == tokenizer.eos_token_id:
         log.info("%s: rows are padded with the end token %r, masked", stage.stage_name, tokenizer.eos_token)
+    _check_rotations(job, model)
     shared = shares(job.config, stage, model, vision)
     train, evaluation, digest = feeds(
         job.config, stage, tokenizer, vision, model.config.vocab, layout, shared
@@ -120,12 +128,24 @@ def prepare(job: Job) -> Setup:
     settings = _settings(job, digest, layout)
     if job.resume:
         _check_settings(job, settings)
-    reference, stops = _reference(job, model), tuple(stop_ids(job.source, tokenizer))
+    reference, stops = _reference(job, model), tuple(stop_ids(job.before, tokenizer))
     read = job, tokenizer, model, plan, adapter, reference, layout, train, evaluation, settings, stops
     setup = Setup(*read, frozen, vision, shares=shared)
     if isinstance(train, Questions):
         return replace(setup, judge=open_judge(job, train.prompts, layout, train.geometry.rows))
     return setup
+
+
+def _check_rotations(job: Job, model: Model) -> None:
+    """Raises ConfigError where rotations go by a document's length and no device sees all of it."""
+    stretch, longest = model.config.rope.stretch, job.stage.row_length
+    if model.layout and model.layout.sequence > 1 and stretch is not None and longest > stretch[2]:
+        raise ConfigError(
+            f"dynamic RoPE goes by a document's length past {stretch[2]} tokens; a row may have {longest}, and is split"
+            f" by sequence = {model.layout.sequence}",
+            where=job.config.where("mesh.sequence"),
+            fix=f"leave sequence out, or max_length = {stretch[2]}",
+        )
 
 
 def words_of(config: Config, folder: Path, hf: dict[str, Any]) -> tuple[Any, Processor | None]:
@@ -149,6 +169,12 @@ def layout_of(config: Config, devices: Sequence[Any] | None = None) -> Layout:
     asked = config.mesh
     slices = {"data": asked.dcn_data, "fsdp": asked.dcn_fsdp}
     mesh = make_mesh(asked.sizes, devices, slices=slices, where=config.where("mesh"))
+    if asked.zero_stage and mesh.shape[DATA] > 1 and mesh.shape[FSDP] == 1:
+        raise ConfigError(
+            f"zero_stage = {asked.zero_stage}, but no devices share anything out: {mesh.shape[DATA]} are along data",
+            where=config.where("mesh.zero_stage"),
+            fix="put them along fsdp, or leave zero_stage out",
+        )
     for setting, what, stage in (
         ("offload_optimizer", "the optimizer's state", 1),
         ("offload_param", "weights", 3),
@@ -213,11 +239,10 @@ def _adapters(
         job.adapter,
         where=lambda setting: config.where(f"model.lora_config.{setting}"),
         frozen=frozen,
+        dropout=not getattr(job.stage, "disable_dropout", False),
     )
     trained = plan.specs(model.specs) if plan else {p: s for p, s in model.specs.items() if p not in frozen}
     parts.factors(job.stage, model.specs, trained, parts.places(config, job.stage))
-    if plan is not None and getattr(job.stage, "disable_dropout", False):
-        plan = replace(plan, rate=0.0)
     return plan, adapter
 
 

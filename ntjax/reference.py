@@ -42,11 +42,11 @@ def reference_scores(setup: Setup) -> Score | None:
 def reference_params(setup: Setup, policy: Policy) -> Params:
     """The reference's weights: those of `reference_model_path`, else the policy's before its first step."""
     layout = setup.layout
-    compute = setup.job.config.compute_dtype(setup.job.stage)
+    dtype = setup.job.config.reference_dtype(setup.job.stage)
     if setup.reference:
         model, folder = setup.reference
-        return load_params(folder, model.specs, dtype=compute, **placing(layout, model.specs))
-    params = reference(policy, continued=setup.adapter is not None, compute=compute)
+        return load_params(folder, model.specs, dtype=dtype, **placing(layout, model.specs))
+    params = reference(policy, continued=setup.adapter is not None, dtype=dtype)
     return layout.put(params, setup.model.specs)
 
 

@@ -39,7 +39,7 @@ def export(setup: Setup, policy: Policy, trainable: Params) -> None:
     if hosts.first():
         save_words(setup.tokenizer, setup.vision, job.folder)
         if not stage.scores:
-            save_generation_config(job.folder, job.source, setup.tokenizer, _stops(setup))
+            save_generation_config(job.folder, job.before, setup.tokenizer, _stops(setup))
     if policy.plan is not None:
         if any(is_quantised(w) for w in policy.frozen.values()):
             log.info("%s: the adapter is merged into the dequantised weights", stage.stage_name)

@@ -74,8 +74,7 @@ def start(setup: Setup) -> Policy:
         frozen=setup.frozen,
     )
     if stage.values:
-        before = job.adapter.parent if job.adapter else job.source
-        policy = with_values(policy, setup.model.config.embed, before)
+        policy = with_values(policy, setup.model.config.embed, job.before)
     trained, frozen = size(policy.trainable), size(policy.frozen)
     log.info(
         "%s: trained are %s",

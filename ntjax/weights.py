@@ -83,15 +83,15 @@ class Adapted:
             return y + delta
         length = self._length(split, rows.dtype)
         through = y if dropped is rows else product(dropped, self.base, split)
-        return y + (length - 1) * through + length * delta
+        return (y + (length - 1) * through + length * delta).astype(rows.dtype)
 
     def _length(self, split: int, dtype: Any) -> jax.Array:
-        """What DoRA multiplies each output by: [O]."""
+        """What DoRA multiplies each output by: [O] fp32, as most of them stay nearer to 1 than bf16 can tell."""
         assert self.magnitude is not None
         plain = self.replace(magnitude=None).dense(dtype)  # type: ignore[attr-defined]
         norm = jnp.linalg.norm(_matrix(plain, split, jnp.float32), axis=-1)
         length = self.magnitude.astype(jnp.float32).reshape(-1) / jax.lax.stop_gradient(norm)
-        return jnp.where(self.scale == 0, 1.0, length).astype(dtype)
+        return jnp.where(self.scale == 0, 1.0, length)
 
 
 @struct.dataclass

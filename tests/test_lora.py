@@ -20,7 +20,7 @@ from ntjax.models import Model, build
 from ntjax.ops.attention import Tokens
 from ntjax.params import Params, Specs
 from ntjax.quantised import quantise_4bit
-from ntjax.weights import dense, einsum
+from ntjax.weights import Adapted, dense, einsum
 from tests.peft_reference import QWEN2, WARNINGS, adapted, config, trained
 from tests.torch_reference import TINY, pair, random_ids, stacked, tokens
 from tests.torch_reference import logits as our_logits
@@ -201,6 +201,21 @@ def test_dora_starts_with_the_lengths_of_the_rows_it_has(specs: Specs, models: A
     weight = np.asarray(models[2]["blocks.attn.o"][1]).reshape(32, 32)
     np.testing.assert_allclose(lengths[1], np.linalg.norm(weight, axis=1), rtol=1e-6)
     assert not lengths[0].any()
+
+
+def test_dora_s_lengths_are_not_rounded_to_bf16() -> None:
+    """A magnitude that has moved by less than bf16 tells next to 1 counts, on the average over outputs."""
+    rng = np.random.default_rng(0)
+    base, rows = (jnp.asarray(rng.standard_normal((256, 64)), jnp.float32) for _ in range(2))
+    nothing = jnp.zeros((2, 64)), jnp.zeros((256, 2))
+
+    def product(moved: float) -> np.ndarray:
+        lengths = jnp.linalg.norm(base.astype(jnp.bfloat16).astype(jnp.float32), axis=-1) * moved
+        weight = Adapted(base.astype(jnp.bfloat16), *nothing, jnp.ones(()), lengths)
+        return np.asarray(weight.product(rows.astype(jnp.bfloat16), 1), np.float32)
+
+    moved, plain = product(1.003), product(1.0)
+    assert (moved * plain).sum() / (plain**2).sum() == pytest.approx(1.003, abs=5e-4)
 
 
 def quantised(specs: Specs, params: Params, path: str) -> Params:

@@ -310,3 +310,9 @@ class Config(Table):
     def compute_dtype(self, stage: StageConfig) -> str:
         """What a stage computes in: "bfloat16" where it says bf16, else the model's dtype."""
         return "bfloat16" if stage.bf16 else self.model.dtype
+
+    def reference_dtype(self, stage: StageConfig) -> str:
+        """What a reference's matrices are held in: that which they are multiplied in, but the policy's own where it
+        follows in small steps, which bf16 would round away."""
+        moves = getattr(stage, "sync_ref_model", False)
+        return self.model.param_dtype if moves else self.compute_dtype(stage)

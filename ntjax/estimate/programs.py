@@ -141,7 +141,8 @@ class Programs:
             return None
         if named is None:
             return model, weights.reference
-        return model, shapes.placed(shapes.matrices_in(model.specs, dtype), model.specs, self.layout)
+        params = shapes.matrices_in(model.specs, config.reference_dtype(self.stage))
+        return model, shapes.placed(params, model.specs, self.layout)
 
     def _beside(self, weights: Weights) -> dict[str, int]:
         """What lies on a device through the whole stage, and isn't the step's."""

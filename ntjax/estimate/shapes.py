@@ -57,7 +57,7 @@ def weights(config: Config, stage: StageConfig, model: Model, layout: Layout) ->
         params = {path: Shape(spec.shape, settings.param_dtype) for path, spec in (free | heads).items()}
         kept = {path: Shape(specs[path].shape, settings.dtype) for path in specs if path in still}
         kept = placed(kept, specs, layout)
-        reference = kept | placed(matrices_in(free, config.compute_dtype(stage)), free, layout)
+        reference = kept | placed(matrices_in(free, config.reference_dtype(stage)), free, layout)
         return Weights(placed(params, free | heads, layout), kept, free | heads, union, reference)
     plan = lora.plan(
         settings.lora_config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,38 @@ def test_a_deepspeed_file_sets_the_mesh_and_offloads(
     resumed = ntjax(*command, "--resume", stages[1] / "checkpoint-12", env=devices(4))
     assert resumed.code == 0, resumed.err
     assert losses(stages[1]) == losses(stages[0])
+
+
+def test_devices_that_share_nothing_out_are_refused(
+    ntjax: Callable[..., Result], config: Callable[..., Path]
+) -> None:
+    ended = ntjax("train", "--config", config("apart"), "mesh.data=-1", "mesh.zero_stage=3", env=devices(2))
+    assert ended.code == 78
+    assert "zero_stage = 3, but no devices share anything out: 2 are along data" in ended.err
+
+
+def test_rows_whose_rotations_go_by_their_length_are_not_split(
+    ntjax: Callable[..., Result], config: Callable[..., Path], place: Path
+) -> None:
+    folder = Path(shutil.copytree(place / "model", place / "stretched"))
+    hf = json.loads((folder / "config.json").read_text())
+    hf |= {"max_position_embeddings": 32}
+    hf["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(hf))
+    command = "train", "--config", config("stretched", max_steps=2), "model.model_name_or_path=stretched"
+    ended = ntjax(*command, "mesh.sequence=2", env=devices(2))
+    assert ended.code == 78
+    assert "dynamic RoPE goes by a document's length past 32 tokens" in ended.err
+    assert ntjax(*command, "datasets.sft.max_length=32", "mesh.sequence=2", env=devices(2)).code == 0
+
+
+def test_weights_may_be_held_in_less_than_is_computed_in(
+    ntjax: Callable[..., Result], config: Callable[..., Path], latest: Callable[[str], Path]
+) -> None:
+    ended = ntjax("train", "--config", config("narrow", max_steps=6), "model.param_dtype=bfloat16")
+    assert ended.code == 0, ended.err
+    found = losses(latest("narrow") / "sft_stage")
+    assert found[-1] < found[0]
 
 
 def test_the_step_is_compiled_once_a_bucket(place: Path, config: Callable[..., Path]) -> None:

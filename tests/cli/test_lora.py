@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.cli.process import Result, metrics
+from ntjax.hf.tokenizer import save_generation_config, save_tokenizer
+from tests.cli.process import Result, metrics, write_rows
+from tests.tiny import tiny_tokenizer
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 STAGE = {"stage_type": "sft", "max_steps": 3, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1}
@@ -51,6 +53,35 @@ def trained(
     ended = ntjax("train", "--config", adapted("lora"))
     assert ended.code == 0, ended.err
     return latest("lora") / "sft_stage"
+
+
+def test_a_stage_on_an_adapter_stops_where_the_stage_before_learned_to(
+    ntjax: Callable[..., Result], adapted: Callable[..., Path], place: Path, latest: Callable[[str], Path]
+) -> None:
+    """As of models whose end of sequence isn't what their template ends turns with."""
+    base = Path(shutil.copytree(place / "model", place / "base"))
+    tokenizer = tiny_tokenizer()
+    learned, tokenizer.eos_token = tokenizer.eos_token_id, "<|endoftext|>"
+    save_tokenizer(tokenizer, base)
+    (base / "generation_config.json").unlink()
+    save_generation_config(base, None, tokenizer)
+
+    def said(answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "How?"}, {"role": "assistant", "content": answer}]
+
+    write_rows(place / "sft.jsonl", [{"messages": said(answer)} for answer in ("so", "no", "and", "sea")])
+    write_rows(place / "dpo.jsonl", [{"chosen": said("so"), "rejected": said("no")}] * 4)
+    stages = [{"max_steps": 1}, {"stage_type": "dpo", "max_steps": 1}]
+    config = json.loads(adapted("stops", *stages, model={"model_name_or_path": "base"}).read_text())
+    config["datasets"] = {
+        name: {"dataset_path": f"{name}.jsonl", "max_length": 64} for name in ("sft", "dpo")
+    }
+    (place / "stops.json").write_text(json.dumps(config))
+    ended = ntjax("train", "--config", "stops.json")
+    assert ended.code == 0, ended.err
+    for stage in ("sft_stage", "dpo_stage"):
+        stops = json.loads((latest("stops") / stage / "generation_config.json").read_text())["eos_token_id"]
+        assert learned in stops, stage
 
 
 def test_a_checkpoint_holds_what_is_trained_alone(trained: Path) -> None:

@@ -48,6 +48,14 @@ def test_what_a_stage_leaves_open_comes_from_the_rest(load_tables: Load) -> None
     assert (stage.per_device_eval_batch_size, stage.eval_steps, stage.do_eval) == (2, 5, True)
 
 
+@pytest.mark.parametrize(("moves", "dtype"), [(False, "bfloat16"), (True, "float32")])
+def test_a_reference_that_moves_in_small_steps_is_held_as_the_policy_is(
+    load_tables: Load, moves: bool, dtype: str
+) -> None:
+    config = load_tables(stages=[{"stage_type": "dpo", "bf16": True, "sync_ref_model": moves}])
+    assert config.reference_dtype(config.stages[0]) == dtype
+
+
 def test_what_a_stage_says_itself_stays(load_tables: Load) -> None:
     said = {"seed": 1, "gradient_checkpointing": False, "per_device_eval_batch_size": 8, "eval_steps": 3}
     model = {"model_name_or_path": "m", "gradient_checkpointing": True}
