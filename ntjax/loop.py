@@ -285,7 +285,7 @@ class Loop:
         raise Preempted(
             f"stopped by {signal} after step {self.done} of {self.feed.steps}; step {saved} is saved in {folder}",
             interrupted=signal == "SIGINT",
-            fix=f"go on with --resume {folder.parent}",
+            fix=f"go on with --resume {folder if self.stage.output_dir else folder.parent}",
         )
 
     def best_params(self) -> Params:

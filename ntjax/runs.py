@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,8 @@ def refuse_used(stage: StageConfig, where: str) -> None:
 
 def find_resume(config: Config, wanted: str) -> Resume | None:
     """What `--resume wanted` means: a run, stage or checkpoint folder, or "auto": this task's latest run, if any."""
+    latest = Path(str(config.base_output_dir)) / config.task_name / "latest"
     if wanted == "auto":
-        latest = Path(str(config.base_output_dir)) / config.task_name / "latest"
         return Resume(latest.resolve()) if latest.exists() else None
     folder = Path(wanted).resolve()
     if not folder.is_dir():
@@ -89,20 +89,32 @@ def find_resume(config: Config, wanted: str) -> Resume | None:
         step = int(checkpoint[1])
         if step not in saved_steps(folder.parent):
             raise InputMissing(f"{wanted} isn't a whole checkpoint", fix=_offer(folder.parent))
-        if folder.parent.name not in {stage.stage_name for stage in config.stages}:
+        of = _stage_in(folder.parent, config, latest)
+        if of is None:
             raise InputMissing(
                 f"{wanted}: no stage of this config is called {folder.parent.name!r}",
                 fix="resume with the config it was made by",
             )
-        return Resume(folder.parent.parent, folder.parent.name, step)
-    if folder.name in {stage.stage_name for stage in config.stages}:
-        return Resume(folder.parent, folder.name)
+        return replace(of, step=step)
+    if (of := _stage_in(folder, config, latest)) is not None:
+        return of
     if not (folder / "config.toml").exists():
         raise InputMissing(
             f"{wanted} is not a run, and no stage of this config is called {folder.name!r}",
             fix="name a run folder (the one with config.toml), a stage folder in it, or a checkpoint-N",
         )
     return Resume(folder)
+
+
+def _stage_in(folder: Path, config: Config, latest: Path) -> Resume | None:
+    """The stage that writes to a folder, if any: its own `output_dir`, the latest run's as no later one may
+    write there; else a folder of its name in a run's."""
+    own = {Path(s.output_dir).resolve(): s.stage_name for s in config.stages if s.output_dir}
+    if folder in own and latest.exists():
+        return Resume(latest.resolve(), own[folder])
+    return (
+        Resume(folder.parent, folder.name) if folder.name in {s.stage_name for s in config.stages} else None
+    )
 
 
 def _offer(folder: Path) -> str:

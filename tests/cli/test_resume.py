@@ -158,6 +158,25 @@ def test_settings_that_change_nothing_computed_may_change(
     assert_same_end(run, whole)
 
 
+@pytest.mark.parametrize("named", ["elsewhere", "elsewhere/checkpoint-16"])
+def test_a_stage_with_a_folder_of_its_own_goes_on_there(
+    named: str, ntjax: Callable[..., Result], config: Callable[..., Path], place: Path, whole: Path
+) -> None:
+    stage, command = place / "elsewhere", ("train", "--config", config("own", output_dir="elsewhere"))
+    if not stage.exists():
+        assert ntjax(*command).code == 0
+    for step in (20, 24):
+        shutil.rmtree(stage / f"checkpoint-{step}")
+    for made_last in ("stage.json", "model.safetensors"):
+        (stage / made_last).unlink()
+    ended = ntjax(*command, "--resume", named)
+    assert ended.code == 0, ended.err
+    assert "resuming at step 16 of 24" in ended.out
+    assert (stage / "model.safetensors").read_bytes() == (
+        whole / "sft_stage" / "model.safetensors"
+    ).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("folder", "said"),
     [
