@@ -120,9 +120,11 @@ def _names(source: Source, config: dict[str, Any]) -> list[str]:
     """Names to write, layer by layer, checked if ntjax has the model."""
     from ntjax import models
     from ntjax.hf.folder import HARMLESS, by_number, check
+    from ntjax.scorer import HEAD
 
     if config.get("model_type") in models.families():
-        specs = models.build(config).specs
+        labels = source.shape(HEAD)[0] if models.is_scoring(config) and HEAD in source.names() else 0
+        specs = models.build(config, labels=labels).specs
         check(source, specs)
         names = {name for spec in specs.values() for _, name in spec.tensors()}
     else:

@@ -111,11 +111,11 @@ def looked_at(config: Config, stage: StageConfig, count: int) -> Inspected:
     from ntjax.hf.files import read_config
     from ntjax.hf.tokenizer import stop_ids
     from ntjax.inspection import Inspected
-    from ntjax.pipeline import find_start
+    from ntjax.pipeline import find_start, goes_back_to
     from ntjax.prepare import words_of
     from ntjax.stages.rows import stage_rows
 
-    folder = find_start(config, stage, config.model.model_name_or_path).source
+    folder = find_start(config, stage, goes_back_to(config, stage)).source
     hf = read_config(folder)
     tokenizer: Any
     tokenizer, vision = words_of(config, folder, hf)

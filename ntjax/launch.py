@@ -45,8 +45,9 @@ def main(argv: Sequence[str]) -> None:
 
 def supervise(command: Sequence[str], processes: int, restarts: int) -> int:
     """Runs the command until it is done, fails for good, or has been started again `restarts` times; its code."""
+    began = time.time()
     for attempt in range(restarts + 1):
-        crew = Crew.start(command, processes, goes_on=attempt > 0)
+        crew = Crew.start(command, processes, goes_on=attempt > 0, since=began)
         code = crew.wait()
         if code == 0:
             return 0
@@ -68,11 +69,12 @@ class Crew:
     ended: dict[int, int] = field(default_factory=dict)  # number -> exit code, in the order of their ends
 
     @classmethod
-    def start(cls, command: Sequence[str], processes: int, *, goes_on: bool) -> Crew:
-        """Starts the processes; what they print is passed on, with the number of all but the first before it."""
+    def start(cls, command: Sequence[str], processes: int, *, goes_on: bool, since: float) -> Crew:
+        """Starts the processes; what they print is passed on, with the number of all but the first before it. If it
+        `goes_on`, with what was begun `since`."""
         place = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "NTJAX_NUM_PROCESSES": str(processes)}
         if goes_on:
-            place["NTJAX_RESUME"] = "auto"
+            place |= {"NTJAX_RESUME": "auto", "NTJAX_SINCE": str(since)}
         crew = cls([], [])
         for number in range(processes):
             env = {**os.environ, **place, "NTJAX_PROCESS_ID": str(number)}

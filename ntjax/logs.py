@@ -34,6 +34,6 @@ def _tracked(job: Job) -> Tracked:
         project=config.wandb_project or "ntjax",
         entity=config.wandb_entity,
         name=f"{config.task_name}/{run}/{job.stage.stage_name}",
-        run_id=f"{run}-{job.stage.stage_name}",
+        run_id=f"{config.task_name}-{run}-{job.stage.stage_name}",
         config=asdict(job.stage),
     )

@@ -15,7 +15,7 @@ from ntjax import hosts, watchdog
 from ntjax.config import Config, refuse_unbuilt, to_toml
 from ntjax.errors import ConfigError, InputMissing, Preempted
 from ntjax.metrics import require_tracker
-from ntjax.runs import Resume, find_resume, is_done, new_run, refuse_used, unmark
+from ntjax.runs import Resume, find_resume, goes_on, is_done, new_run, refuse_used, unmark
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
 
@@ -46,6 +46,8 @@ def run(
         for stage in chosen:
             refuse_used(stage, config.where(f"stages.{config.stages.index(stage)}.output_dir"))
     folder = where.run if where else Path(hosts.of_first(lambda: str(new_run(config))))
+    if where and hosts.first():
+        goes_on(config, folder)
     _log_to(folder / "train.log")
     for warning in config.warnings:
         log.warning("warning: %s", warning)
@@ -163,6 +165,23 @@ def _source(config: Config, index: int, run_folder: Path) -> str:
     usable = [s for s in config.stages[:index] if stage.scores or not s.scores]
     done = [earlier[s.stage_name] for s in usable if is_done(earlier[s.stage_name])]
     return str(done[-1]) if done else config.model.model_name_or_path
+
+
+def goes_back_to(config: Config, stage: StageConfig) -> str:
+    """The model that a stage starts from before anything is trained: of the stages that it goes on from, the first's
+    `load_from`, else the config's model."""
+    index = config.stages.index(stage)
+    while True:
+        stage, before = config.stages[index], config.stages[:index]
+        if stage.load_from:
+            found = [at for at, other in enumerate(before) if other.stage_name in _forms([stage.load_from])]
+            if not found:
+                return stage.load_from
+        else:
+            found = [at for at, other in enumerate(before) if stage.scores or not other.scores]
+            if not found:
+                return config.model.model_name_or_path
+        index = found[-1]
 
 
 @dataclass(frozen=True)

@@ -263,14 +263,13 @@ def _plain(one: Estimate, layout: Layout) -> dict[str, Any]:
 
 
 def _model_of(config: Config, number: int) -> dict[str, Any]:
-    """The config.json of the model that a stage starts from: an earlier stage's is the first one's."""
+    """The config.json of the model that a stage goes back to."""
     from ntjax.hf.files import read_config
     from ntjax.hf.hub import locate
     from ntjax.hf.peft import read_adapter_config
+    from ntjax.pipeline import goes_back_to
 
-    named = config.stages[number].load_from
-    earlier = {form for s in config.stages for form in (s.stage_name, s.stage_type)}
-    name = config.model.model_name_or_path if named is None or named in earlier else named
+    name = goes_back_to(config, config.stages[number])
     folder = locate(name, cache_dir=config.model.cache_dir, folders=[config.path.parent], weights=False)
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         base = read_adapter_config(folder)[1]

@@ -44,7 +44,13 @@ FREE |= {
     "sampler_weights",
     "per_device_eval_batch_size",
 }
-FREE |= {"load_best_model_at_end", "metric_for_best_model", "greater_is_better"}
+FREE |= {
+    "do_eval",
+    "num_generations_eval",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+}
 
 log = logging.getLogger(__name__)
 

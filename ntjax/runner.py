@@ -96,6 +96,7 @@ def run(
 
     set_defaults()
     keep_compiled(found.compile_cache)
+    resume = resume or found.resume_from_checkpoint
     with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
         folder = pipeline.run(found, resume=None if resume is None else str(resume), stages=stages)
     chosen = pipeline.chosen_stages(found, stages)

@@ -42,7 +42,7 @@ class Resume:
 
 def new_run(config: Config) -> Path:
     """A fresh run folder, with {task_name}/latest pointing at it."""
-    task = Path(str(config.base_output_dir)) / config.task_name
+    task = _task(config)
     stamp = time.strftime("%Y%m%d_%H%M%S")
     run = task / stamp
     for attempt in range(1, 100):
@@ -51,9 +51,7 @@ def new_run(config: Config) -> Path:
         run = task / f"{stamp}_{attempt}"
     try:
         run.mkdir(parents=True)
-        link = task / f".latest.{os.getpid()}"
-        link.symlink_to(run.name)
-        link.replace(task / "latest")
+        _point_to(run)
     except OSError as error:
         raise ConfigError(
             f"base_output_dir = {config.base_output_dir}: the run's folder can't be made: {error}",
@@ -61,6 +59,29 @@ def new_run(config: Config) -> Path:
             fix="name a folder that can be written, here or with --output-dir",
         ) from error
     return run
+
+
+def goes_on(config: Config, run: Path) -> None:
+    """{task_name}/latest is this run, begun before, if it is one of the task's."""
+    if run.parent == _task(config).resolve():
+        _point_to(run)
+
+
+def begun_since(config: Config, moment: float) -> bool:
+    """Whether a run of the task was begun or gone on with since a moment, in seconds since 1970; file systems may have
+    clocks of their own."""
+    latest = _task(config) / "latest"
+    return latest.is_symlink() and latest.lstat().st_mtime > moment - 60
+
+
+def _task(config: Config) -> Path:
+    return Path(str(config.base_output_dir)) / config.task_name
+
+
+def _point_to(run: Path) -> None:
+    link = run.parent / f".latest.{os.getpid()}"
+    link.symlink_to(run.name)
+    link.replace(run.parent / "latest")
 
 
 def refuse_used(stage: StageConfig, where: str) -> None:
@@ -76,7 +97,7 @@ def refuse_used(stage: StageConfig, where: str) -> None:
 
 def find_resume(config: Config, wanted: str) -> Resume | None:
     """What `--resume wanted` means: a run, stage or checkpoint folder, or "auto": this task's latest run, if any."""
-    latest = Path(str(config.base_output_dir)) / config.task_name / "latest"
+    latest = _task(config) / "latest"
     if wanted == "auto":
         return Resume(latest.resolve()) if latest.exists() else None
     folder = Path(wanted).resolve()

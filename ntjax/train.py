@@ -53,11 +53,14 @@ def main(argv: Sequence[str]) -> None:
 
     from ntjax import hosts
     from ntjax.pipeline import run
+    from ntjax.runs import begun_since
 
     keep_compiled(config.compile_cache)
     hosts.join(hosts.named_place(*place), asdict(config.timeouts))
     # `ntjax.launch` starts a command again as it was given: what was begun goes on.
-    resume = os.environ.get("NTJAX_RESUME") or args.resume or config.resume_from_checkpoint
+    since = float(os.environ.get("NTJAX_SINCE", 0))
+    again = os.environ.get("NTJAX_RESUME") if begun_since(config, since) else None
+    resume = again or args.resume or config.resume_from_checkpoint
     stages = [name.strip() for name in args.stages.split(",") if name.strip()]
     run(config, resume=resume, stages=stages, allow_changed=args.allow_changed)
     hosts.part()

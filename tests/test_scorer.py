@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -145,6 +146,12 @@ def test_the_chat_template_is_given_what_the_stage_says(talking: Path) -> None:
 
 def test_it_is_named_as_in_trl(plain: Path) -> None:
     assert scorer(plain).label == "judge"
+
+
+def test_it_can_be_imported(plain: Path, tmp_path: Path) -> None:
+    importlib.import_module("ntjax.import").main(["--model", str(plain), "--out", str(tmp_path / "judge")])
+    pairs = said(3, talk=False)
+    np.testing.assert_array_equal(scorer(tmp_path / "judge")(*pairs), scorer(plain)(*pairs))
 
 
 def test_weights_are_read_when_first_asked_for(talking: Path) -> None:

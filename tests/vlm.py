@@ -26,8 +26,8 @@ FAMILIES: tuple[tuple[Family, Tower], ...] = (
     ("qwen2_5_vl", "clip"),  # which has a tower of its own
 )
 SIZES = [(33, 71), (64, 64), (100, 37), (29, 28), (200, 12), (7, 5)]  # (width, height)
-GRIDS = [[28, 56], [56, 28], [56, 56]]
-SIDE, PATCH = 28, 7  # of CLIP and SigLIP
+SIDE, PATCH = 30, 7  # of CLIP and SigLIP; patches leave two pixels over
+GRIDS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 
 # As llava-hf's: a turn's images before its text.
 LLAVA = (

@@ -145,11 +145,9 @@ def _move_zero_stage(data: dict[str, Any], reader: Reader) -> None:
     if "zero_stage" not in data:
         return
     mesh = data.setdefault("mesh", {})
-    if isinstance(mesh, dict) and "zero_stage" in mesh:
-        reader.blame(
-            "zero_stage", f": given twice, also at {reader.where('mesh.zero_stage')}", "keep one of the two"
-        )
-    elif isinstance(mesh, dict):
+    if isinstance(mesh, dict) and (
+        "zero_stage" not in mesh or reader.outranks("zero_stage", "mesh.zero_stage", "zero_stage")
+    ):
         reader.places["mesh.zero_stage"] = reader.where("zero_stage")
         mesh["zero_stage"] = data["zero_stage"]
     del data["zero_stage"]
@@ -247,19 +245,27 @@ def _resolve_stage(
         reader.blame(f"{path}.completion_only_loss", message, "keep one of the two")
     for message, fix in _choosing(stage, evaluates) if stage.load_best_model_at_end else ():
         reader.blame(f"{path}.load_best_model_at_end", f" = true, but {message}", fix)
-    checkpointing = _first_given(stage.gradient_checkpointing, config.model.gradient_checkpointing)
-    given = config.model.remat if stage.remat == "auto" else stage.remat
-    remat = ("full" if checkpointing else "none") if given == "auto" else given
+    remat = _remat(config.model, stage)
     return dataclasses.replace(
         stage,
         per_device_eval_batch_size=stage.per_device_eval_batch_size or stage.per_device_train_batch_size,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=remat != "none",
         remat=remat,
         seed=_first_given(stage.seed, config.seed),
         do_eval=evaluates,
         eval_steps=stage.eval_steps or stage.logging_steps,
         max_length=dataset.max_length or stage.max_length,
     )
+
+
+def _remat(model: ModelConfig, stage: Any) -> Any:
+    """What a stage keeps for its backward pass: what it says itself goes before what is said of the model."""
+    if stage.remat != "auto":
+        return stage.remat
+    own = stage.gradient_checkpointing
+    if model.remat != "auto" and own in (None, model.remat != "none"):
+        return model.remat
+    return "full" if _first_given(own, model.gradient_checkpointing) else "none"
 
 
 def _choosing(stage: Any, evaluates: bool) -> Iterator[tuple[str, str]]:

@@ -81,12 +81,12 @@ class Reader:
         for at, key, value in written:
             if key not in names:
                 self._refuse_unknown(table, at, key, value)
-            elif names[key] not in given or self._outranks(at, given[names[key]][0], names[key]):
+            elif names[key] not in given or self.outranks(at, given[names[key]][0], names[key]):
                 given[names[key]] = (at, value)
         self.places |= {_join(path, name): self.where(at) for name, (at, _) in given.items()}
         return given
 
-    def _outranks(self, at: str, other: str, name: str) -> bool:
+    def outranks(self, at: str, other: str, name: str) -> bool:
         """Whether the setting as written at `at` replaces the one at `other`: only the command line does."""
         if self.where(at).startswith(COMMAND_LINE):
             return True

@@ -115,6 +115,10 @@ class Prequantised:
     def file(self, name: str) -> Path:
         return self._source.file(name)
 
+    def quantised(self, name: str) -> bool:
+        """Whether `node` has one for it."""
+        return name in self._states or name in self._eight
+
     def node(self, name: str, matrix: tuple[int, ...]) -> FourBit | EightBit | None:
         """The quantised tensor seen as (*outputs, *inputs), leaves in numpy; None for one that isn't quantised."""
         if name in self._states:

@@ -154,8 +154,11 @@ def _load(
     weight: Any = None
     places: Any = None
     held: Any = None
+    names = [name for _, name in spec.tensors()]
+    # A stack of layers is quantised as a whole or not at all, and a checkpoint may leave out some of them.
+    plain = isinstance(source, Prequantised) and not all(map(source.quantised, names))
     for index, name in spec.tensors():
-        tensor = packed(path, _read(source, name, shape, dtype, path, quantise))
+        tensor = packed(path, _read(source, name, shape, dtype, path, quantise, plain=plain))
         if weight is None:
             given = dtype if isinstance(tensor, np.ndarray) else None
             shapes = jax.tree.map(
@@ -179,10 +182,18 @@ def _over(places: Any, function: Callable[..., Any], *weights: Any) -> Any:
 
 
 def _read(
-    source: Source, name: str, shape: tuple[int, ...], dtype: jnp.dtype, path: str, quantise: Quantise | None
+    source: Source,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    path: str,
+    quantise: Quantise | None,
+    *,
+    plain: bool,
 ) -> Any:
-    """One tensor: an array, or a quantised weight that the checkpoint has or `quantise` makes."""
-    if isinstance(source, Prequantised) and (node := source.node(name, shape)) is not None:
+    """One tensor: an array, or a quantised weight that the checkpoint has, unless it is to be `plain`, or `quantise`
+    makes."""
+    if isinstance(source, Prequantised) and not plain and (node := source.node(name, shape)) is not None:
         return node
     tensor = source.read(name).reshape(shape)
     node = quantise(path, tensor.astype(dtype)) if quantise else None

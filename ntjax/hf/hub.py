@@ -83,7 +83,8 @@ def _cached(name: str, cache_dir: str | Path | None, weights: bool) -> Path | No
 def _patterns(info: ModelInfo) -> list[str]:
     """What to download: safetensors, or Flax weights where there are none."""
     names = [file.rfilename for file in info.siblings or []]
-    for weights in ("*.safetensors", "flax_model*.msgpack"):
+    # Some have all weights a second time, as consolidated.safetensors.
+    for weights in ("*model*.safetensors", "*.safetensors", "flax_model*.msgpack"):
         if any(Path(name).match(weights) and "/" not in name for name in names):
             return [*SIDE_FILES, weights]
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):

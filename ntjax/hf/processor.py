@@ -167,11 +167,11 @@ def _llava(config: Any, folder: Path, common: Common) -> Llava:
             fix=OWN,
         )
     if config.model_type == "llava":
-        return Llava(**common, side=side, patch=tower.patch_size, whole=whole)
-    return _next(config, folder, common, side, whole)
+        return Llava(**common, image=tower.image_size, patch=tower.patch_size, whole=whole)
+    return _next(config, folder, common, whole)
 
 
-def _next(config: Any, folder: Path, common: Any, side: int, whole: bool) -> LlavaNext:
+def _next(config: Any, folder: Path, common: Any, whole: bool) -> LlavaNext:
     if whole:
         raise ConfigError(
             'vision_feature_select_strategy = "full" keeps the class token, which has no place in a line of patches',
@@ -187,7 +187,8 @@ def _next(config: Any, folder: Path, common: Any, side: int, whole: bool) -> Lla
             where=str(folder),
             fix=OWN,
         )
-    return LlavaNext(**common, side=side, patch=config.vision_config.patch_size, grids=grids)
+    tower = config.vision_config
+    return LlavaNext(**common, image=tower.image_size, patch=tower.patch_size, grids=grids)
 
 
 def _qwen(config: Any, folder: Path, common: Common) -> QwenVL:

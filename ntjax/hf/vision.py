@@ -77,11 +77,17 @@ class Processor:
 
 @dataclass(frozen=True, eq=False)
 class Llava(Processor):
-    """LLaVA-1.5: a picture is one unit: `side` x `side` patches of `patch` pixels, behind a class token if `whole`."""
+    """LLaVA-1.5: a picture is one unit: `image` x `image` pixels, of which whole patches of `patch` are seen, behind a
+    class token if `whole`."""
 
-    side: int
+    image: int
     patch: int
     whole: bool = False
+
+    @property
+    def side(self) -> int:
+        """Patches side by side."""
+        return self.image // self.patch
 
     @property
     def features(self) -> int:
@@ -96,8 +102,13 @@ class Llava(Processor):
         return np.zeros_like(feature), feature
 
     def units(self, picture: Picture) -> dict[str, np.ndarray]:
-        """`pixels` [units, 3, height, width] float32."""
-        return {"pixels": self._made(picture)["pixel_values"]}
+        """`pixels` [units, 3, height, width] float32, without those behind the last whole patch."""
+        pixels = self._made(picture)["pixel_values"]
+        pixels = pixels.reshape(-1, *pixels.shape[-3:])
+        if pixels.shape[-2:] != (self.image, self.image):
+            return {"pixels": pixels}  # another model's, which is refused
+        height = width = self.side * self.patch
+        return {"pixels": pixels[..., :height, :width]}
 
     def blank(self, features: int) -> dict[str, np.ndarray]:
         return {"pixels": np.zeros((1, 3, *2 * (self.side * self.patch,)), np.float32)}
@@ -129,15 +140,12 @@ class LlavaNext(Llava):
         whole = super().index(size)
         return np.concatenate([whole[0], unit.ravel()]), np.concatenate([whole[1], feature.ravel()])
 
-    def units(self, picture: Picture) -> dict[str, np.ndarray]:
-        return {"pixels": self._made(picture)["pixel_values"][0]}
-
     def _tiles(self, size: Size) -> tuple[int, int]:
         """(rows, columns)."""
         from transformers.image_processing_utils import select_best_resolution
 
         height, width = select_best_resolution(size[::-1], self.grids)  # type: ignore[arg-type]
-        return height // (self.side * self.patch), width // (self.side * self.patch)
+        return height // self.image, width // self.image
 
 
 def _margin(size: Size, shape: tuple[int, int]) -> tuple[slice, slice]:

@@ -20,4 +20,5 @@ def config_from_hf(hf: Any) -> DecoderConfig:
         )
     hf.head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     hf.attention_bias = hf.mlp_bias = False
-    return replace(llama.config_from_hf(hf), qkv_bias=True, window=hf.sliding_window)
+    window = hf.sliding_window if "sliding_attention" in hf.layer_types else None
+    return replace(llama.config_from_hf(hf), qkv_bias=True, window=window)

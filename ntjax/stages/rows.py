@@ -26,7 +26,14 @@ def stage_rows(config: Config, dataset: DatasetConfig, seed: int) -> tuple[Rows 
         evaluation = open_rows(replace(dataset, num_samples=None), folders, dataset.eval_split)
     elif dataset.eval_dataset_path is not None:
         evaluation = open_rows(
-            replace(dataset, dataset_path=dataset.eval_dataset_path, dataset_name=None, num_samples=None),
+            replace(
+                dataset,
+                dataset_path=dataset.eval_dataset_path,
+                dataset_name=None,
+                dataset_split=None,
+                dataset_kwargs={},
+                num_samples=None,
+            ),
             folders,
         )
     else:

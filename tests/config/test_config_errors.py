@@ -277,7 +277,7 @@ CONFLICTS = {
     "an empty axis": ({"mesh": {"tensor": 0}}, "mesh.tensor: an axis has at least one device"),
     "zero_stage twice": (
         {"zero_stage": 2, "mesh": {"zero_stage": 3}},
-        "zero_stage: given twice, also at run.json:",
+        "zero_stage is given twice, also as mesh.zero_stage at run.json:",
     ),
     "two lengths": (
         rows(dataset_path="a", max_length=64) | stage("sft", max_length=32),

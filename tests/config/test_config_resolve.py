@@ -9,6 +9,7 @@ import pytest
 
 from ntjax.config import Config, dataset_for, load_config, local_path, refuse_unbuilt, resolve_path
 from ntjax.errors import ConfigError, InputMissing
+from tests.config.conftest import SMALLEST
 
 Load = Callable[..., Config]
 EXAMPLES = Path(__file__).parents[2] / "configs"
@@ -143,6 +144,11 @@ def test_a_stage_computes_in_bf16_if_it_or_the_model_says_so(
 def test_zero_stage_may_stand_at_the_top_or_in_the_mesh(load_tables: Load) -> None:
     assert load_tables(zero_stage=2) == load_tables(mesh={"zero_stage": 2})
     assert load_tables(zero_stage=2).where("mesh.zero_stage") == "run.json:15"
+
+
+def test_the_command_line_s_zero_stage_goes_before_the_file_s(load: Load, load_stage: Load) -> None:
+    assert load_stage("[mesh]\nzero_stage = 1\n", "zero_stage=3").mesh.zero_stage == 3
+    assert load("zero_stage = 1\n" + SMALLEST, "mesh.zero_stage=3").mesh.zero_stage == 3
 
 
 def test_every_setting_knows_its_place(load_stage: Load) -> None:

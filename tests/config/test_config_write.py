@@ -51,6 +51,26 @@ def test_awkward_values_survive_being_written(load_tables: Load, tmp_path: Path)
     assert again(config, tmp_path) == config
 
 
+@pytest.mark.parametrize(
+    ("model", "stage", "remat"),
+    [
+        ({"remat": "dots"}, {}, "dots"),
+        ({}, {"remat": ["attention"]}, ("attention",)),
+        ({"remat": "none"}, {"gradient_checkpointing": True}, "full"),
+        ({"remat": "full"}, {"gradient_checkpointing": False}, "none"),
+        ({"remat": "minimal"}, {"gradient_checkpointing": True}, "minimal"),
+        ({"gradient_checkpointing": True}, {}, "full"),
+    ],
+)
+def test_what_is_kept_for_the_backward_pass_survives_too(
+    model: dict[str, object], stage: dict[str, object], remat: object, load_tables: Load, tmp_path: Path
+) -> None:
+    tables = {"model": {"model_name_or_path": "m", **model}, "stages": [{"stage_type": "sft", **stage}]}
+    config = load_tables(**tables)
+    assert config.stages[0].remat == remat
+    assert again(config, tmp_path).stages == config.stages
+
+
 def test_a_written_config_gives_the_same_text(load_tables: Load, tmp_path: Path) -> None:
     config = load_tables(**AWKWARD)
     assert to_toml(again(config, tmp_path)) == to_toml(config)

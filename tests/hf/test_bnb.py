@@ -21,8 +21,10 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from ntjax.errors import BadData, ConfigError
 from ntjax.hf.bnb import Prequantised, Settings, read_settings
+from ntjax.hf.folder import load_params
 from ntjax.hf.shards import Safetensors
 from ntjax.hf.tokenizer import save_tokenizer
+from ntjax.models import build
 from ntjax.quantised import EightBit, FourBit
 from tests.tiny import tiny_tokenizer
 
@@ -126,6 +128,19 @@ def test_what_is_imported_is_quantised_no_more(folders: dict[str, Path], tmp_pat
     assert not any(report.values())
     wanted = Prequantised(Safetensors(folder)).read(Q)
     np.testing.assert_array_equal(model.state_dict()[Q].float().numpy(), wanted)
+
+
+def test_a_stack_of_which_layers_were_left_out_is_plain(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["nf4"], tmp_path / "left_out"))
+    tensors, plain = load_file(file(folder)), load_file(file(folders["plain"]))[Q]
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(Q)}
+    save_file({**kept, Q: plain}, file(folder), metadata={"format": "pt"})
+    source, specs = Prequantised(Safetensors(folder)), build(config(folder)).specs
+    params = load_params(source, specs, dtype="float32")
+    found = np.asarray(params["blocks.attn.q"]).reshape(2, *plain.shape)
+    np.testing.assert_array_equal(found[1], plain.numpy())
+    np.testing.assert_array_equal(found[0], source.read(Q.replace("layers.1", "layers.0")))
+    assert isinstance(params["blocks.attn.k"], FourBit)
 
 
 @pytest.mark.parametrize("how", HOW)

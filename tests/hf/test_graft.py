@@ -103,7 +103,8 @@ def test_images_are_what_the_tower_was_trained_on(
     ours = load_processor(out, read_config(out)).units(Picture.of(image, "row"))["pixels"]
     tower: Any = "siglip" if kind == "siglip" else "clip"
     theirs = image_processor("llava", tower)(images=[image], return_tensors="np")["pixel_values"]
-    np.testing.assert_array_equal(ours, theirs)
+    seen = SIDE // PATCH * PATCH
+    np.testing.assert_array_equal(ours, theirs[..., :seen, :seen])
 
 
 def test_a_conversation_in_parts_shows_its_images(language: Path, towers: Path, tmp_path: Path) -> None:

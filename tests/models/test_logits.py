@@ -68,6 +68,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "max_window_layers": 0,
     },
+    "qwen2, a window for no layer": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 28,
+    },
 }
 
 
