@@ -317,3 +317,9 @@ def _warnings(config: Config) -> Iterator[str]:
         yield f"{config.where('model.lora_config')}: lora_config has no effect without use_lora = true"
     if model.bnb_config != BnbConfig() and not model.load_in_4bit:
         yield f"{config.where('model.bnb_config')}: bnb_config has no effect without load_in_4bit = true"
+    for number, stage in enumerate(config.stages):
+        declared = settings_of(type(stage))
+        for name, why in stage.idle():
+            at = f"stages.{number}.{name}"
+            if at in config.places and getattr(stage, name) != declared[name].default:
+                yield f"{config.where(at)}: {name} has no effect: {why}"

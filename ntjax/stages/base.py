@@ -50,6 +50,8 @@ BEST_MODEL = "choosing the best checkpoint"
 
 _TORCH = "it steers PyTorch"
 _LOADER = "the data plan is made once, and loading follows it"
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+UNREAD = {"adafactor": _ADAM, "sgd": _ADAM, "lion": _ADAM[2:], "lion_8bit": _ADAM[2:]}  # of optimizers
 _FILLED = "a step's rows are filled in any case (padding_free)"
 _HUB = "ntjax uploads nothing"
 _TOP_LEVEL = "it is a setting of the whole run"
@@ -113,6 +115,13 @@ ABSENT = {
     "dataset_num_proc": "preprocessing_num_workers in [datasets.NAME] says it",
     "shuffle_dataset": "shuffle in [datasets.NAME] says it",
 }
+
+
+def still(moves: bool) -> Iterator[tuple[str, str]]:
+    """Of `StageConfig.idle`, for a reference that doesn't move."""
+    if not moves:
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            yield name, "the reference moves with sync_ref_model = true"
 
 
 @dataclass(frozen=True)
@@ -296,6 +305,19 @@ class StageConfig(Table):
             yield "learning_rate", f"polynomial decays to lr_end ({end}), which must be below it"
         if self.do_eval is False and self.eval_strategy != "no":
             yield "do_eval", f"eval_strategy = {self.eval_strategy!r} asks for evaluation"
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """(setting, why) of settings that change nothing beside the others, whatever they say."""
+        for name in UNREAD.get(self.optimizer, ()):
+            yield name, f"{self.optimizer} has no use for it"
+        if self.lr_scheduler_type == "constant" and self.warmup_steps > 0:
+            yield "warmup_steps", 'lr_scheduler_type = "constant" has no warm-up; "constant_with_warmup" has'
+        if self.save_strategy != "steps":
+            yield "save_steps", f'save_strategy = "{self.save_strategy}"'
+        if not self.do_eval:
+            named = ["eval_steps"] if self.eval_steps != self.logging_steps else []
+            for name in (*named, "metric_for_best_model", "greater_is_better"):
+                yield name, "nothing is evaluated; eval_strategy says when"
 
 
 def _expressions(name: str, patterns: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting, settings_of
-from ntjax.stages.base import ABSENT, StageConfig, standing
+from ntjax.stages.base import ABSENT, StageConfig, standing, still
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig
@@ -201,6 +201,12 @@ class Options(StageConfig):
             yield "use_weighting", "aot compares sorted pairs, which have no weight of their own"
         if self.sync_ref_model and self.precompute_ref_log_probs:
             yield "sync_ref_model", "precompute_ref_log_probs takes the reference as it is at the start"
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        yield from super().idle()
+        yield from still(self.sync_ref_model)
+        if not self.precompute_ref_log_probs:
+            yield "precompute_ref_batch_size", "precompute_ref_log_probs = true has a use for it"
 
     def _unread(self) -> Iterator[tuple[str, str]]:
         """Settings that would change nothing."""

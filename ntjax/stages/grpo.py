@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting
-from ntjax.stages.base import ABSENT
+from ntjax.stages.base import ABSENT, still
 from ntjax.stages.rollout import SAMPLER, Geometry, Judged, RolloutConfig, completion_scores
 
 if TYPE_CHECKING:
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 UNCLIPPED = ("cispo", "sapo", "vespo")
+CLIPPING = ("epsilon", "epsilon_high", "delta")
+READ = {  # of a loss's own settings; the others clip
+    "cispo": ("epsilon", "epsilon_high"),
+    "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
 _ENTROPY = "a bonus on entropy"
 
 
@@ -198,3 +204,12 @@ class Options(RolloutConfig):
         for name in ("reference_model_path", "sync_ref_model"):
             if getattr(self, name) and self.beta == 0:
                 yield name, "with beta = 0 no reference model is looked at"
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        yield from super().idle()
+        read = READ.get(self.loss_type, CLIPPING)
+        for name in {name for names in (CLIPPING, *READ.values()) for name in names} - set(read):
+            yield name, f'loss_type = "{self.loss_type}" has no use for it'
+        if self.beta == 0:
+            yield "use_bias_correction_kl", "with beta = 0 there is no KL"
+        yield from still(self.sync_ref_model)

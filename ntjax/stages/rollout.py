@@ -200,6 +200,15 @@ class RolloutConfig(StageConfig):
             yield "reward_weights", f"{len(self.reward_weights)} weights for {len(self.rewards)} rewards"
         yield from (("generation_kwargs", said) for said in self._unfit())
 
+    def idle(self) -> Iterator[tuple[str, str]]:
+        yield from super().idle()
+        if not self.log_completions:
+            for name in ("num_completions_to_print", "log_unique_prompts"):
+                yield name, "completions are shown with log_completions = true"
+        if not self.do_eval:
+            for name in ("eval_temperature", "eval_threshold", "num_generations_eval"):
+                yield name, "nothing is evaluated; eval_strategy says when"
+
     def _unfit(self) -> Iterator[str]:
         """What is wrong with `generation_kwargs`."""
         for name, value in sorted(self.generation_kwargs.items()):

@@ -57,6 +57,37 @@ def test_a_reference_that_moves_in_small_steps_is_held_as_the_policy_is(
     assert config.reference_dtype(config.stages[0]) == dtype
 
 
+IDLE: dict[str, tuple[dict[str, object], str]] = {
+    "moments": ({"stage_type": "sft", "optimizer": "sgd", "adam_beta1": 0.8}, "sgd has no use for it"),
+    "warm-up": (
+        {"stage_type": "sft", "lr_scheduler_type": "constant", "warmup_steps": 9},
+        "constant_with_warmup",
+    ),
+    "no evaluation": (
+        {"stage_type": "sft", "eval_steps": 50},
+        "eval_steps has no effect: nothing is evaluated",
+    ),
+    "another loss's": (
+        {"stage_type": "grpo", "reward_function": "numeric", "sapo_temperature_pos": 0.5},
+        'loss_type = "dapo" has no use for it',
+    ),
+    "a still reference": ({"stage_type": "dpo", "ref_model_sync_steps": 9}, "sync_ref_model = true"),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_settings_that_change_nothing_are_told(name: str, load_tables: Load) -> None:
+    stage, why = IDLE[name]
+    (warning,) = load_tables(stages=[stage]).warnings
+    assert warning.startswith("run.json:")
+    assert why in warning
+
+
+def test_a_setting_that_says_what_is_so_anyway_is_no_matter(load_tables: Load) -> None:
+    quiet = {"stage_type": "sft", "lr_scheduler_type": "constant", "warmup_steps": 0, "adam_beta1": 0.9}
+    assert not load_tables(stages=[quiet | {"optimizer": "sgd"}]).warnings
+
+
 def test_what_a_stage_says_itself_stays(load_tables: Load) -> None:
     said = {"seed": 1, "gradient_checkpointing": False, "per_device_eval_batch_size": 8, "eval_steps": 3}
     model = {"model_name_or_path": "m", "gradient_checkpointing": True}
