@@ -175,7 +175,7 @@ def test_the_order_of_a_cache_in_memory_changes_nothing(
     layout = over(data=8)
     _, model, _ = tiny(heads)
     model = replace(model, layout=layout, looped=looped)
-    state = slots.programs(model, FREE, Shape(8, 1, 2, 32, 32)).empty()
+    state = slots.programs(model, FREE, Shape(8, 1, 2, 32, 32), True).empty()
     orders = [x.format.layout.major_to_minor for x in state.cache.layers[0].own]
     assert orders == list(slots.ORDERS[platform])
     same(complete(PROMPTS, FREE, layout=layout, seed=2, group=2, looped=looped, kv_heads=heads), plain)
@@ -233,7 +233,7 @@ def test_prompts_are_sent_to_no_other_device(sizes: dict[str, int], looped: bool
     params = model.gathered(layout.put(params, model.specs))
     shape = Shape.of(64, 2, 32, 60, 20, devices=8)
     assert shape == Shape(devices=8, slots=4, group=2, time=64, columns=32)
-    compiled = slots.programs(model, FREE, shape)
+    compiled = slots.programs(model, FREE, shape, True)
     each = np.zeros(16, np.int32)
     read = Prompts(np.zeros((16, shape.time), np.int32), each, each, each)
     text = compiled.fill.lower(params, compiled.empty(), read, 0).compile().as_text()  # type: ignore[attr-defined]

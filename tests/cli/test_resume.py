@@ -158,11 +158,11 @@ def test_settings_that_change_nothing_computed_may_change(
     assert_same_end(run, whole)
 
 
-@pytest.mark.parametrize("named", ["elsewhere", "elsewhere/checkpoint-16"])
+@pytest.mark.parametrize("named", ["own_folder", "own_folder/checkpoint-16"])
 def test_a_stage_with_a_folder_of_its_own_goes_on_there(
     named: str, ntjax: Callable[..., Result], config: Callable[..., Path], place: Path, whole: Path
 ) -> None:
-    stage, command = place / "elsewhere", ("train", "--config", config("own", output_dir="elsewhere"))
+    stage, command = place / "own_folder", ("train", "--config", config("own", output_dir="own_folder"))
     if not stage.exists():
         assert ntjax(*command).code == 0
     for step in (20, 24):
