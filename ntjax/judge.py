@@ -239,25 +239,21 @@ def open_judge(job: Job, prompts: Prompts, layout: Layout, rows: int) -> Judge:
     config, stage = job.config, job.stage
     assert isinstance(stage, RolloutConfig)
     path = f"stages.{config.stages.index(stage)}"
-    functions, models = [], []
-    places: tuple[list[int], list[int]] = [], []  # of functions, of models
-    for place, name in enumerate(stage.rewards):
-        folder = _model_folder(job, name, config.where(f"{path}.reward_model_path"))
-        places[folder is not None].append(place)
-        if folder is None:
-            functions.append(name)
-            continue
-        dtype = config.compute_dtype(stage)
-        models.append(
-            Scorer(
-                folder,
-                layout=layout,
-                rows=rows,
-                dtype=dtype,
-                attention=config.model.attention,
-                template=stage.chat_template_kwargs,
-            )
+    where = config.where(f"{path}.reward_model_path")
+    folders = [_model_folder(job, name, where) for name in stage.rewards]
+    functions = [name for name, folder in zip(stage.rewards, folders, strict=True) if folder is None]
+    models = [
+        Scorer(
+            folder,
+            layout=layout,
+            rows=rows,
+            dtype=config.compute_dtype(stage),
+            attention=config.model.attention,
+            template=stage.chat_template_kwargs,
         )
+        for folder in folders
+        if folder is not None
+    ]
     rewards = None
     if functions:
         rewards = Rewards(
@@ -272,7 +268,10 @@ def open_judge(job: Job, prompts: Prompts, layout: Layout, rows: int) -> Judge:
             rewards.check(tryout(prompts))
     cache = getattr(stage, "soft_punish_cache", None)
     overlong = (stage.completion_length, cache) if cache else None
-    return Judge(rewards, models, overlong, order=np.argsort(places[0] + places[1]).tolist())
+    places = np.argsort(
+        [folder is not None for folder in folders], kind="stable"
+    )  # of the columns in the config
+    return Judge(rewards, models, overlong, order=np.argsort(places).tolist())
 
 
 def _model_folder(job: Job, name: str, where: str) -> Path | None:

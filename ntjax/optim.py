@@ -82,21 +82,17 @@ def _kept_in(mu_dtype: str | None, transform: optax.GradientTransformation) -> o
     one in fp32: in bf16 a factor of 0.99 is 0.988, and one of 0.999 is 1, so that the moment would never fall."""
 
     def init(params: Params) -> Any:
-        state = wide(transform.init(params))
-        like = params if mu_dtype is None else optax.tree.cast(params, mu_dtype)
-        return state._replace(mu=as_in(state.mu, like))
+        state = transform.init(params)
+        return wide(state)._replace(mu=optax.tree.cast(state.mu, mu_dtype))
 
     def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         updates, new = transform.update(wide(grads), wide(state), params)
-        return updates, new._replace(mu=as_in(new.mu, state.mu))
+        return updates, new._replace(mu=optax.tree.cast_like(new.mu, state.mu))
 
-    def wide(tree: Any) -> Any:
+    def wide(tree: Any) -> Any:  # but for counts
         return jax.tree.map(
             lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
         )
-
-    def as_in(tree: Any, like: Any) -> Any:
-        return jax.tree.map(lambda x, other: x.astype(other.dtype), tree, like)
 
     return optax.GradientTransformation(init, update)
 

@@ -15,7 +15,7 @@ from ntjax import hosts, watchdog
 from ntjax.config import Config, refuse_unbuilt, to_toml
 from ntjax.errors import ConfigError, InputMissing, Preempted
 from ntjax.metrics import require_tracker
-from ntjax.runs import Resume, find_resume, goes_on, is_done, new_run, refuse_used, unmark
+from ntjax.runs import Resume, find_resume, is_done, make_latest, new_run, refuse_used, unmark
 from ntjax.signals import StopRequest
 from ntjax.stages.base import StageConfig
 
@@ -47,7 +47,7 @@ def run(
             refuse_used(stage, config.where(f"stages.{config.stages.index(stage)}.output_dir"))
     folder = where.run if where else Path(hosts.of_first(lambda: str(new_run(config))))
     if where and hosts.first():
-        goes_on(config, folder)
+        make_latest(config, folder)
     _log_to(folder / "train.log")
     for warning in config.warnings:
         log.warning("warning: %s", warning)
@@ -154,34 +154,32 @@ def stage_folder(config: Config, stage: StageConfig, run_folder: Path) -> Path:
 
 def _source(config: Config, index: int, run_folder: Path) -> str:
     """What a stage starts from: `load_from` (a folder, a repository or a stage of this run), else the result of the
-    nearest earlier stage that has one, else the model. A reward model is no start for what isn't one."""
-    stage = config.stages[index]
-    earlier = {s.stage_name: stage_folder(config, s, run_folder) for s in config.stages[:index]}
-    if stage.load_from:
-        for name in _forms([stage.load_from]):
-            if name in earlier:
-                return str(earlier[name])
-        return stage.load_from
-    usable = [s for s in config.stages[:index] if stage.scores or not s.scores]
-    done = [earlier[s.stage_name] for s in usable if is_done(earlier[s.stage_name])]
-    return str(done[-1]) if done else config.model.model_name_or_path
+    nearest earlier stage that has one, else the model."""
+    named = config.stages[index].load_from
+    folders = [stage_folder(config, config.stages[at], run_folder) for at in _origins(config, index)]
+    results = folders if named else [folder for folder in folders if is_done(folder)]
+    return str(results[-1]) if results else named or config.model.model_name_or_path
 
 
 def goes_back_to(config: Config, stage: StageConfig) -> str:
     """The model that a stage starts from before anything is trained: of the stages that it goes on from, the first's
     `load_from`, else the config's model."""
     index = config.stages.index(stage)
-    while True:
-        stage, before = config.stages[index], config.stages[:index]
-        if stage.load_from:
-            found = [at for at, other in enumerate(before) if other.stage_name in _forms([stage.load_from])]
-            if not found:
-                return stage.load_from
-        else:
-            found = [at for at, other in enumerate(before) if stage.scores or not other.scores]
-            if not found:
-                return config.model.model_name_or_path
-        index = found[-1]
+    while origins := _origins(config, index):
+        index = origins[-1]
+    return config.stages[index].load_from or config.model.model_name_or_path
+
+
+def _origins(config: Config, index: int) -> list[int]:
+    """Places of the earlier stages that a stage may go on from: the one that `load_from` names, if any, else all. A
+    reward model is no start for what isn't one."""
+    stage = config.stages[index]
+    names = _forms([stage.load_from]) if stage.load_from else None
+    return [
+        at
+        for at, other in enumerate(config.stages[:index])
+        if (other.stage_name in names if names else stage.scores or not other.scores)
+    ]
 
 
 @dataclass(frozen=True)

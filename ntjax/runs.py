@@ -61,7 +61,7 @@ def new_run(config: Config) -> Path:
     return run
 
 
-def goes_on(config: Config, run: Path) -> None:
+def make_latest(config: Config, run: Path) -> None:
     """{task_name}/latest is this run, begun before, if it is one of the task's."""
     if run.parent == _task(config).resolve():
         _point_to(run)

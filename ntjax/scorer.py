@@ -97,7 +97,7 @@ class Scorer:
 
     def load(self) -> None:
         """Reads the weights, which are otherwise read when something is scored: what room they leave can be asked."""
-        assert self._params
+        jax.block_until_ready(self._params)
 
     def _text(self, prompt: Said, completion: Said) -> str:
         if isinstance(prompt, str):

@@ -12,7 +12,7 @@ import pytest
 
 from ntjax.config import Config, load_config
 from ntjax.pipeline import goes_back_to
-from ntjax.runs import begun_since, find_resume, goes_on, new_run
+from ntjax.runs import begun_since, find_resume, make_latest, new_run
 from ntjax.stages.rows import stage_rows
 
 
@@ -56,13 +56,13 @@ def test_a_run_that_is_gone_on_with_is_the_latest(tmp_path: Path) -> None:
     old, new = new_run(config), new_run(config)
     latest = new.parent / "latest"
     assert latest.resolve() == new.resolve()
-    goes_on(config, old.resolve())
+    make_latest(config, old.resolve())
     assert latest.resolve() == old.resolve()
     resumed = find_resume(config, "auto")
     assert resumed is not None
     assert resumed.run == old.resolve()
     (tmp_path / "copy").mkdir()
-    goes_on(config, tmp_path / "copy")  # no run of the task
+    make_latest(config, tmp_path / "copy")  # no run of the task
     assert latest.resolve() == old.resolve()
     assert not (tmp_path / "latest").exists()
 

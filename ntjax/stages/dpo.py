@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting, settings_of
-from ntjax.stages.base import ABSENT, StageConfig, standing, still
+from ntjax.stages.absent import ABSENT
+from ntjax.stages.base import StageConfig, standing, still
 
 if TYPE_CHECKING:
     from ntjax.config import DatasetConfig

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ntjax.config.settings import setting
-from ntjax.stages.base import ABSENT, still
+from ntjax.stages.absent import ABSENT
+from ntjax.stages.base import still
 from ntjax.stages.rollout import SAMPLER, Geometry, Judged, RolloutConfig, completion_scores
 
 if TYPE_CHECKING:
@@ -208,8 +209,9 @@ class Options(RolloutConfig):
     def idle(self) -> Iterator[tuple[str, str]]:
         yield from super().idle()
         read = READ.get(self.loss_type, CLIPPING)
-        for name in {name for names in (CLIPPING, *READ.values()) for name in names} - set(read):
-            yield name, f'loss_type = "{self.loss_type}" has no use for it'
+        for name in dict.fromkeys(name for names in (CLIPPING, *READ.values()) for name in names):
+            if name not in read:
+                yield name, f'loss_type = "{self.loss_type}" has no use for it'
         if self.beta == 0:
             yield "use_bias_correction_kl", "with beta = 0 there is no KL"
         yield from still(self.sync_ref_model)

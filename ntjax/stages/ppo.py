@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ntjax.config.settings import setting
-from ntjax.stages.base import ABSENT
+from ntjax.stages.absent import ABSENT
 from ntjax.stages.rollout import SAMPLER, Geometry, Judged, RolloutConfig, completion_scores
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 def write(name: str, rows: Sequence[Json], head: Json, order: Sequence[str]) -> None:
     """docs/bench/`name`/PROCESSOR.json: `head`, and `rows` in the place of those of the same "what". The others are
-    kept if they are in `order`, which is the order they have, and were measured with the same versions."""
+    kept if they are in `order`, which is the order they have, and are of the same machine and versions."""
     path = FOLDER / name / f"{processor(head['machine'])}.json"
     known: dict[str, Json] = {}
     if path.exists():

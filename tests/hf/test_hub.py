@@ -121,6 +121,11 @@ def test_safetensors_and_json_come_down_and_nothing_else(server, monkeypatch):
     assert {token for path, token in server.seen if "org/tiny" in path} == {"Bearer hf_secret"}
 
 
+def test_weights_that_are_there_twice_come_down_once(server):
+    server.files |= dict.fromkeys(["config.json", "model.safetensors", "consolidated.safetensors"], b"{}")
+    assert names(locate("org/tiny")) == ["config.json", "model.safetensors"]
+
+
 def test_flax_weights_come_where_there_are_no_safetensors(server):
     server.files |= {"config.json": b"{}", "flax_model.msgpack": b"x", "pytorch_model.bin": b"x"}
     assert names(locate("org/tiny")) == ["config.json", "flax_model.msgpack"]
