@@ -19,6 +19,7 @@ import numpy as np
 from ntjax.config import Config
 from ntjax.data.loader import Examples, Plan
 from ntjax.data.prompts import Prompts
+from ntjax.data.sizes import PARTS
 from ntjax.feed import Planned
 from ntjax.hf.tokenizer import pad_id, stop_ids
 from ntjax.judge import Judge, Verdict, mean, rewarded, scored
@@ -52,6 +53,7 @@ def likelihoods(model: LoadedModel, config: Config, examples: Examples) -> dict[
         in_order=stage.packs_in_order,
         fills=stage.fills and model.vision is None,
         groups=layout.rows,
+        parts=PARTS.get(layout.platform, 1),
     )
     feed = Planned(plan, examples, pad_id(model.tokenizer), vision=model.vision, groups=layout.rows)
     own = model.as_in(config)

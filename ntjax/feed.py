@@ -21,6 +21,7 @@ from ntjax.data.pictures import Vision
 from ntjax.data.pooled import Pooling
 from ntjax.data.prompts import Prompts
 from ntjax.data.rows import check_image_field
+from ntjax.data.sizes import PARTS
 from ntjax.data.stream import Stream, ahead
 from ntjax.data.text import TextEncoder
 from ntjax.hf.tokenizer import pad_id
@@ -194,6 +195,7 @@ def feeds(
     packs: dict[str, Any] = {"packing": stage.packs, "in_order": stage.packs_in_order}
     # Pictures share a pool that has room for those of a microbatch as it is: they keep their rows.
     packs |= {"fills": stage.fills and vision is None, "groups": devices}
+    packs["parts"] = PARTS.get(layout.platform, 1)
     evaluation = None
     if held_out is not None:
         many = stage.per_device_eval_batch_size * devices

@@ -54,6 +54,11 @@ class Layout:
         return f"{count}: {', '.join(along)}" if along else count
 
     @property
+    def platform(self) -> str:
+        """Of the devices, as JAX names it."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def rows(self) -> int:
         """Into how many parts a batch's rows are split."""
         return row_groups(self.mesh)
@@ -164,7 +169,7 @@ class Layout:
         would form all layers' anew, four times as large, to tile those of one."""
         if self.offload:
             return in_words(w, self.mesh.size)
-        if isinstance(w, FourBit) and self.mesh.devices.flat[0].platform == "tpu":
+        if isinstance(w, FourBit) and self.platform == "tpu":
             return turned(w, math.prod(w.matrix[-len(spec.inputs) :]))
         return w
 

@@ -28,8 +28,8 @@ except ImportError as error:
 
 from ntjax.api import load
 from ntjax.data.batch import Example, collate
-from ntjax.data.loader import rounded
 from ntjax.data.prompts import Prompt
+from ntjax.data.sizes import rounded
 from ntjax.hf.tokenizer import pad_id
 
 MOST = 256  # tokens of an answer where a task doesn't say

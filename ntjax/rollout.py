@@ -20,7 +20,7 @@ import numpy as np
 
 from ntjax import hosts
 from ntjax.data.grouped import joined
-from ntjax.data.loader import rounded
+from ntjax.data.sizes import rounded
 from ntjax.drawing import Drawing
 from ntjax.feed import Fed, Questions
 from ntjax.judge import Verdict

@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ntjax.data.chat import Message
-from ntjax.data.loader import rounded
 from ntjax.data.placeholders import worded
+from ntjax.data.sizes import rounded
 from ntjax.data.spans import rendered
 from ntjax.errors import ConfigError
 from ntjax.hf.files import Source, read_config

@@ -6,7 +6,7 @@ anyway. The last token of what they have in common is repeated in each of them: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,16 +60,3 @@ def collate_branches(slots: Sequence[Sequence[Branches]], length: int, pad_id: i
                     batch["mask"][row, start + 1 : end] = learned
                 start, segment = end, segment + 1
     return batch
-
-
-def half_steps(least: int, most: int, first: int) -> Iterator[int]:
-    """The sizes that hold `least`: `first` times 1, 2, 3, 4, 6, 8, 12, ... below `most`, and that as the last."""
-    size = first
-    while size < most:
-        if size >= least:
-            yield size
-        if size > first and least <= size // 2 * 3 < most:
-            yield size // 2 * 3
-        size *= 2
-    if least <= most:
-        yield most

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ntjax.data.batch import Example
-from ntjax.data.branched import Branches, collate_branches, half_steps
-from ntjax.data.loader import SHORTEST
+from ntjax.data.branched import Branches, collate_branches
+from ntjax.data.sizes import sizes
 
 LONGEST = 4  # shared rows, at most, in rows of a completion each: then one holds seven that are as long as the prompt
 SAVING = 0.9  # share of a batch's tokens that must not be exceeded: another shape is another compilation
@@ -37,9 +37,9 @@ def joined(batch: Mapping[str, np.ndarray], groups: int, pad_id: int) -> dict[st
     _, many, time = batch["tokens"].shape
     alike = [_alike(tokens, start) for tokens, start in zip(batch["tokens"], starts, strict=True)]
     best: tuple[int, int, int, list[list[_Row]]] | None = None
-    for length in half_steps(int(lengths.max()), LONGEST * time, SHORTEST):
+    for length in sizes(int(lengths.max()), LONGEST * time, parts=2):
         laid = [_laid(*each, length) for each in zip(alike, lengths, starts, strict=True)]
-        count = next(half_steps(max(map(len, laid)), many, groups))
+        count = next(sizes(max(map(len, laid)), many, groups, parts=2))
         if best is None or count * length < best[0]:
             best = count * length, length, count, laid
     assert best is not None

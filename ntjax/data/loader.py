@@ -15,12 +15,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import grain
 import numpy as np
 
-from ntjax.data.branched import half_steps
 from ntjax.data.pack import first_fit
 from ntjax.data.pooled import Line, Pooling, pooled, room
+from ntjax.data.sizes import sizes
 from ntjax.marks import UNIT
-
-SHORTEST = 64  # tokens; below this a step costs its overhead, and one more compilation buys nothing
 
 
 class Examples(Protocol):
@@ -94,7 +92,7 @@ class Plan:
 
     If it `fills`, a step has the examples that it would have anyway, laid together in fewer rows (`laid`), of which
     there are a multiple of `groups`. Where examples are pairs, `joined` [rows] are the tokens that each takes if both
-    documents share one row instead of lying in two.
+    documents share one row instead of lying in two. Rows have the lengths of `sizes` in so many `parts`.
     """
 
     lengths: np.ndarray
@@ -110,6 +108,7 @@ class Plan:
     fills: bool = False
     groups: int = 1
     joined: np.ndarray | None = None
+    parts: int = 1
 
     @cached_property
     def packs(self) -> list[list[int]]:
@@ -155,50 +154,45 @@ class Plan:
         return [slots[i : i + size] for i in range(0, len(slots), size)]
 
     def length(self, step: int) -> int:
-        """Tokens in a row of this step: `max_length` with packing, else the bucket that holds its longest
-        row.
-
-        Buckets are 64, 128, 256, ... and `max_length`: few shapes, so few compilations.
-        """
+        """Tokens in a row of this step: `max_length` with packing, else the size that holds its longest row."""
         if self.packing:
             return self.max_length
         rows = [row for microbatch in self.slots(step) for slot in microbatch for row in slot]
         longest = max(int(self.lengths[row]) for row in rows)
-        return rounded(longest, self.max_length)
+        return next(sizes(longest, self.max_length, parts=self.parts))
 
     def laid(self, step: int) -> Laid:
         """The step's examples in rows, as `slots` and `length` have them; or, if the plan `fills`, where least is
         computed.
 
-        Rows have the length of a bucket, and there are as many as `rows_per_microbatch`, or a power of two times
-        `groups`; microbatches are as many as `accumulation`, or a power of two. None has more tokens than it would
-        have with a row an example: memory stays as it was, and shapes stay few. A row of pairs may be as long as both
-        documents are, and the lengths 192, 384, ... are buckets too.
+        There are as many rows as `rows_per_microbatch`, or a power of two times `groups`; microbatches are as many as
+        `accumulation`, or a power of two. None has more tokens than it would have with a row an example: memory stays
+        as it was, and shapes stay few. A row of pairs may be as long as both documents are.
         """
         slots, length = self.slots(step), self.length(step)
         if not self.fills or self.packing:
             return Laid(slots, length, self.documents)
         rows = [row for microbatch in slots for slot in microbatch for row in slot]
-        room, buckets = self.rows_per_microbatch * length, _buckets(length, self.max_length)
+        room, fitting = self.rows_per_microbatch * length, sizes(length, self.max_length, parts=self.parts)
         counts = [*_halved(self.rows_per_microbatch, self.groups)]
-        found = [*self._candidates(rows, self.lengths, buckets, counts, room)]
+        found = [*self._candidates(rows, self.lengths, fitting, counts, room)]
         if self.joined is not None:
             longest = max(int(self.joined[row]) for row in rows)
-            buckets = half_steps(longest, 2 * self.max_length, SHORTEST)
+            fitting = sizes(longest, 2 * self.max_length, parts=max(2, self.parts))
             counts = [self.groups << power for power in range((2 * room // self.groups).bit_length())]
-            candidates = self._candidates(rows, self.joined, buckets, counts, 2 * room)
+            candidates = self._candidates(rows, self.joined, fitting, counts, 2 * room)
             found += [laid._replace(joined=True) for laid in candidates]
         return min(found, key=lambda laid: (laid.area * (2 - laid.joined), laid.joined, laid.length))
 
     def _candidates(
-        self, rows: list[int], lengths: np.ndarray, buckets: Iterable[int], counts: Sequence[int], room: int
+        self, rows: list[int], lengths: np.ndarray, fitting: Iterable[int], counts: Sequence[int], room: int
     ) -> Iterator[Laid]:
-        """The ways to lay examples of such `lengths` in rows as long as a bucket, a microbatch having one of the
-        `counts` of them and no more tokens than there is `room` for."""
+        """The ways to lay examples of such `lengths` in rows of one of the `fitting` sizes, a microbatch having one of
+        the `counts` of them and no more tokens than there is `room` for."""
         # First fit leaves least over when long ones come first.
         rows = sorted(rows, key=lambda row: -int(lengths[row]))
         sizes = [int(lengths[row]) for row in rows]
-        for length in buckets:
+        for length in fitting:
             bins = [[rows[i] for i in bin_] for bin_ in first_fit(sizes, length)]
             for count in counts:
                 microbatches = min(
@@ -216,14 +210,6 @@ class Plan:
         return np.arange(len(self.packs))
 
 
-def _buckets(shortest: int, most: int) -> Iterator[int]:
-    """A bucket and the longer ones."""
-    yield shortest
-    while shortest < most:
-        shortest = rounded(shortest + 1, most)
-        yield shortest
-
-
 def _halved(rows: int, groups: int) -> Iterator[int]:
     """`rows`, and the smaller ones that are a power of two times `groups`."""
     yield rows
@@ -232,11 +218,6 @@ def _halved(rows: int, groups: int) -> Iterator[int]:
         if count * groups < rows:
             yield count * groups
         count //= 2
-
-
-def rounded(length: int, most: int) -> int:
-    """The bucket that `length` tokens fall into: 64, 128, 256, ... and `most`."""
-    return min(most, max(SHORTEST, 1 << (length - 1).bit_length()))
 
 
 @lru_cache(maxsize=4)

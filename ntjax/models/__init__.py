@@ -64,7 +64,7 @@ def build(
     parts = full, getattr(full, "text_config", None), getattr(full, "vision_config", None)
     if rate := max(getattr(part, "attention_dropout", 0.0) for part in parts):
         raise ConfigError(f"attention_dropout = {rate} isn't there", fix="set it to 0 in config.json")
-    kernel = chosen(attention, layout.mesh.devices.flat[0].platform if layout else jax.default_backend())
+    kernel = chosen(attention, layout.platform if layout else jax.default_backend())
     config = replace(family.config_from_hf(full), dtype=dtype, remat=remat, labels=labels, attention=kernel)
     return Model.of(family.decoder(config), hf, layout)
 

@@ -118,7 +118,7 @@ class Model:
     @property
     def platform(self) -> str:
         """Of the devices that programs are for."""
-        return self.layout.mesh.devices.flat[0].platform if self.layout else jax.default_backend()
+        return self.layout.platform if self.layout else jax.default_backend()
 
     @property
     def parts(self) -> list[Any]:

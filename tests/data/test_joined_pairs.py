@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ntjax.data.batch import Example, Pair
-from ntjax.data.branched import half_steps
 from ntjax.data.loader import Plan, batches
 from ntjax.data.pairs import EncodedPairs
+from ntjax.data.sizes import sizes
 from ntjax.metrics import finish
 from ntjax.models import build, scoring_config
 from ntjax.ops import blocked as module
@@ -90,9 +90,12 @@ def test_a_beginning_ends_before_what_is_learned_and_where_documents_part() -> N
 
 
 def test_sizes_of_rows() -> None:
-    assert list(half_steps(1, 1000, 64)) == [64, 128, 192, 256, 384, 512, 768, 1000]
-    assert list(half_steps(129, 256, 64)) == [192, 256]
-    assert list(half_steps(5, 8, 8)) == [8]
+    assert list(sizes(1, 1000)) == [64, 128, 256, 512, 1000]
+    assert list(sizes(1, 1000, parts=2)) == [64, 128, 192, 256, 384, 512, 768, 1000]
+    assert list(sizes(300, 1200, parts=4)) == [320, 384, 448, 512, 640, 768, 896, 1024, 1200]
+    assert list(sizes(129, 256, parts=2)) == [192, 256]
+    assert list(sizes(5, 8, 8, parts=2)) == [8]
+    assert list(sizes(7, 30, 3, parts=2)) == [9, 12, 18, 24, 30]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,28 @@
+"""The few sizes that rows of tokens come in: each shape of a batch is a program to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+SHORTEST = 64  # tokens; below this a step costs its overhead, and one more compilation buys nothing
+# Sizes between two powers of two. A step takes a CPU seconds and compiling it no longer, so that less padding is soon
+# worth another program; accelerators compile for minutes what they do in a second.
+PARTS = {"cpu": 4}
+
+
+def sizes(least: int, most: int, first: int = SHORTEST, parts: int = 1) -> Iterator[int]:
+    """Those that hold `least`, up to `most` and that as the last: `first` times 1, 2, 4, ..., each of these divided
+    from the next in `parts` or, where these would be smaller than `first`, in fewer."""
+    size = first
+    while size < most:
+        yield from (
+            each for each in range(size, min(2 * size, most), max(first, size // parts)) if each >= least
+        )
+        size *= 2
+    if least <= most:
+        yield most
+
+
+def rounded(length: int, most: int) -> int:
+    """The size of a row of `length` tokens, at most `most`: 64, 128, 256, ... and `most`."""
+    return next(sizes(min(length, most), most))
