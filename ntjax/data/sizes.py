@@ -7,7 +7,7 @@ from collections.abc import Iterator
 SHORTEST = 64  # tokens; below this a step costs its overhead, and one more compilation buys nothing
 # Sizes between two powers of two. A step takes a CPU seconds and compiling it no longer, so that less padding is soon
 # worth another program; accelerators compile for minutes what they do in a second.
-PARTS = {"cpu": 4}
+PARTS = {"cpu": 8}
 
 
 def sizes(least: int, most: int, first: int = SHORTEST, parts: int = 1) -> Iterator[int]:
