@@ -307,7 +307,7 @@ def laid_out(seen: Inspected, console: Console) -> Iterator[Any]:
     )
     laid = plan.laid(0)
     rows = [slot for microbatch in laid.slots for slot in microbatch]
-    yield f"the first step on one device: {len(laid.slots)} x {len(laid.slots[0])} rows of {laid.length} tokens"
+    yield f"the first step on one accelerator: {len(laid.slots)} x {len(laid.slots[0])} rows of {laid.length} tokens"
     for number, slot in enumerate(rows[:ROWS], 1):
         filled = int(sum(seen.examples.lengths[index] for index in slot))
         said = Text(f"  row {number}: {what} {len(slot)}, {filled} of {laid.length} tokens")
