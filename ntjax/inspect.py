@@ -286,7 +286,8 @@ def _columns(seen: Inspected, index: int) -> str:
 
 
 def laid_out(seen: Inspected, console: Console) -> Iterator[Any]:
-    """How the first step's examples lie in rows, on one device; answers that share a prompt have it each."""
+    """How the first step's examples lie in rows, on one accelerator (a CPU's fit closer); answers that share a
+    prompt have it each."""
     stage, what = seen.stage, "pairs" if seen.paired else "docs"
     if stage.rolls_out:
         return

@@ -71,9 +71,6 @@ class Adapted:
 
     def product(self, rows: jax.Array, split: int) -> jax.Array:
         """rows [N, I] times the weight of one layer -> [N, O]."""
-        if self._adds(rows):
-            formed = _formed_again if isinstance(self.base, FourBit | EightBit) else lambda function: function
-            return formed(partial(_added, split=split))(rows, self.base, self.a, self.b, self.scale)
         dropped = rows
         if self.key is not None and self.rate:
             keep = jax.random.bernoulli(self.key, 1 - self.rate, rows.shape)
@@ -88,15 +85,6 @@ class Adapted:
         through = y if dropped is rows else product(dropped, self.base, split)
         return (y + (length - 1) * through + length * delta).astype(rows.dtype)
 
-    def _adds(self, rows: jax.Array) -> bool:
-        """Whether the adapter is to be added to the weight: CPUs lose nothing in fp32 by that (accelerators round the
-        sum in their products), and with many rows it is less than to take them through the adapter."""
-        inputs = rows.shape[1]
-        outputs = math.prod(self.shape) // inputs
-        many = len(rows) * (inputs + outputs) > inputs * outputs
-        plain = self.magnitude is None and (self.key is None or not self.rate)
-        return many and plain and rows.dtype == jnp.float32 and narrow.target() == "cpu"
-
     def _length(self, split: int, dtype: Any) -> jax.Array:
         """What DoRA multiplies each output by: [O] fp32, as most of them stay nearer to 1 than bf16 can tell."""
         assert self.magnitude is not None
@@ -104,35 +92,6 @@ class Adapted:
         norm = jnp.linalg.norm(_matrix(plain, split, jnp.float32), axis=-1)
         length = self.magnitude.astype(jnp.float32).reshape(-1) / jax.lax.stop_gradient(norm)
         return jnp.where(self.scale == 0, 1.0, length)
-
-
-def _added(rows: jax.Array, base: Any, a: jax.Array, b: jax.Array, scale: jax.Array, split: int) -> jax.Array:
-    """rows [N, I] times the weight `base` with its adapter added -> [N, O]."""
-    w = _matrix(dense(base, rows.dtype), split, rows.dtype)
-    return _summed(rows, w, _matrix(a, 1, rows.dtype), scale * _matrix(b, split, rows.dtype))
-
-
-@jax.custom_vjp
-def _summed(rows: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """rows [N, I] times w [O, I] + b [O, r] a [r, I] -> [N, O]. The gradients of a and b are taken without that of
-    their product, which is as large as w."""
-    return narrow.product(rows, w + b @ a)
-
-
-def _summed_forward(rows: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
-    return _summed(rows, w, a, b), (rows, w, a, b)
-
-
-def _summed_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
-    rows, w, a, b = kept
-    d_rows = jnp.einsum("NO,OI->NI", dy, w + b @ a)
-    d_w = jnp.einsum("NO,NI->OI", dy, rows)
-    d_a = jnp.einsum("Nr,NI->rI", dy @ b, rows)
-    d_b = jnp.einsum("NO,Nr->Or", dy, rows @ a.T)
-    return d_rows, d_w, d_a, d_b
-
-
-_summed.defvjp(_summed_forward, _summed_backward)
 
 
 @struct.dataclass

@@ -191,9 +191,9 @@ class Plan:
         the `counts` of them and no more tokens than there is `room` for."""
         # First fit leaves least over when long ones come first.
         rows = sorted(rows, key=lambda row: -int(lengths[row]))
-        sizes = [int(lengths[row]) for row in rows]
+        needed = [int(lengths[row]) for row in rows]
         for length in fitting:
-            bins = [[rows[i] for i in bin_] for bin_ in first_fit(sizes, length)]
+            bins = [[rows[i] for i in bin_] for bin_ in first_fit(needed, length)]
             for count in counts:
                 microbatches = min(
                     1 << max(0, math.ceil(len(bins) / count) - 1).bit_length(), self.accumulation

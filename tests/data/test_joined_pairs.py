@@ -93,20 +93,24 @@ def test_sizes_of_rows() -> None:
     assert list(sizes(1, 1000)) == [64, 128, 256, 512, 1000]
     assert list(sizes(1, 1000, parts=2)) == [64, 128, 192, 256, 384, 512, 768, 1000]
     assert list(sizes(300, 1200, parts=4)) == [320, 384, 448, 512, 640, 768, 896, 1024, 1200]
+    assert list(sizes(500, 1200, parts=8)) == [512, 576, 640, 704, 768, 832, 896, 960, 1024, 1152, 1200]
     assert list(sizes(129, 256, parts=2)) == [192, 256]
     assert list(sizes(5, 8, 8, parts=2)) == [8]
     assert list(sizes(7, 30, 3, parts=2)) == [9, 12, 18, 24, 30]
 
 
+@pytest.mark.parametrize("parts", [1, 8])
 @pytest.mark.parametrize(
     ("rows", "accumulation", "groups"), [(4, 1, 1), (4, 4, 1), (8, 2, 8), (1, 8, 1), (3, 2, 1)]
 )
-def test_steps_have_the_same_pairs_in_fewer_tokens(rows: int, accumulation: int, groups: int) -> None:
+def test_steps_have_the_same_pairs_in_fewer_tokens(
+    rows: int, accumulation: int, groups: int, parts: int
+) -> None:
     rng = np.random.default_rng(0)
     prompts, *answers = (np.clip(rng.lognormal(4.5, 0.5, 300), 2, 250).astype(int) for _ in range(3))
     lengths, joined = prompts + np.max(answers, axis=0), prompts + np.sum(answers, axis=0) + 1
     options: dict[str, Any] = {"max_length": 512, "rows_per_microbatch": rows, "accumulation": accumulation}
-    apart, filled = Plan(lengths, **options), Plan(lengths, **options, fills=True, groups=groups)
+    apart, filled = Plan(lengths, **options), Plan(lengths, **options, fills=True, groups=groups, parts=parts)
     plan, areas = replace(filled, joined=joined), np.zeros(2)
     for step in range(apart.steps):
         given, before, laid = apart.laid(step), filled.laid(step), plan.laid(step)
