@@ -195,7 +195,7 @@ def feeds(
     packs: dict[str, Any] = {"packing": stage.packs, "in_order": stage.packs_in_order}
     # Pictures share a pool that has room for those of a microbatch as it is: they keep their rows.
     packs |= {"fills": stage.fills and vision is None, "groups": devices}
-    packs |= {"parts": PARTS.get(layout.platform, 1)}
+    packs["parts"] = PARTS.get(layout.platform, 1)
     evaluation = None
     if held_out is not None:
         many = stage.per_device_eval_batch_size * devices

@@ -286,8 +286,8 @@ def _columns(seen: Inspected, index: int) -> str:
 
 
 def laid_out(seen: Inspected, console: Console) -> Iterator[Any]:
-    """How the first step's examples lie in rows, on one accelerator (a CPU's fit closer); answers that share a
-    prompt have it each."""
+    """How the first step's examples lie in rows, on one device; answers that share a prompt have it each. No device is
+    started, so that rows are an accelerator's, and CPUs' fit closer."""
     stage, what = seen.stage, "pairs" if seen.paired else "docs"
     if stage.rolls_out:
         return
@@ -308,7 +308,8 @@ def laid_out(seen: Inspected, console: Console) -> Iterator[Any]:
     )
     laid = plan.laid(0)
     rows = [slot for microbatch in laid.slots for slot in microbatch]
-    yield f"the first step on one accelerator: {len(laid.slots)} x {len(laid.slots[0])} rows of {laid.length} tokens"
+    shape = f"{len(laid.slots)} x {len(laid.slots[0])} rows of {laid.length} tokens"
+    yield f"the first step on one device: {shape} (CPUs fit closer)"
     for number, slot in enumerate(rows[:ROWS], 1):
         filled = int(sum(seen.examples.lengths[index] for index in slot))
         said = Text(f"  row {number}: {what} {len(slot)}, {filled} of {laid.length} tokens")

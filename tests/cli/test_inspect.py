@@ -96,7 +96,7 @@ def test_every_stage_is_shown_in_turn(ntjax: Ntjax, data: Path) -> None:
     assert [line for line in ended.out.splitlines() if line in names] == names
     assert ended.out.count('rewards get: answer = "2"') == 2
     assert ended.out.count("chosen:\n") == ended.out.count("rejected:\n") == 2
-    assert "the first step on one accelerator: " in ended.out
+    assert "the first step on one device: " in ended.out
     assert re.search(r"  row 1: docs \d, \d+ of 64 tokens, \d+ of padding", ended.out)
     assert re.search(r"  row 1: pairs \d, \d+ of 64 tokens", ended.out)
 
